@@ -1,0 +1,225 @@
+//! Small file work done the careful way: reads are bounded, writes are whole or not there, directories are private.
+
+use crate::error::{Context, Error, Kind, Result};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Reads a whole file of at most `max` bytes. Anything but a regular file or a kernel file is refused without blocking.
+///
+/// # Errors
+/// `NotFound` when missing, `Corrupt` when larger than `max`.
+pub fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>> {
+    let what = || format!("reading {}", path.display());
+    // Without NONBLOCK a named pipe planted in the file's place would hold us for ever.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).context(what)?);
+    if !file.metadata().context(what)?.is_file() {
+        return Err(Error::new(Kind::System, what(), "not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(max.saturating_add(1)).read_to_end(&mut bytes).context(what)?;
+    if bytes.len() as u64 > max {
+        return Err(Error::new(Kind::Corrupt, what(), format!("larger than {max} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Puts `bytes` in the place of a file: after a crash the old content or the new is there, whole, never a mixture. On
+/// return the new one is durable.
+///
+/// # Errors
+/// When it cannot be written; then the old one is untouched and nothing is left beside it.
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let what = || format!("writing {}", path.display());
+    let dir = parent(path);
+    let tmp = beside(path);
+    let written = (|| {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&tmp)?;
+        // The mode asked for, whatever our mask is.
+        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&tmp, path)
+    })();
+    if let Err(e) = written {
+        let _ = std::fs::remove_file(&tmp);
+        return Err(Error::io(what(), &e));
+    }
+    sync_dir(dir)
+}
+
+/// A name beside `path`, hidden, that nobody else uses.
+fn beside(path: &Path) -> PathBuf {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem: String = name.chars().take(100).collect();
+    parent(path).join(format!(".{stem}.{}-{}-{n}.tmp", std::process::id(), crate::clock::now().ms))
+}
+
+/// The directory that holds `path`.
+pub(crate) fn parent(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes the names in a directory durable.
+///
+/// # Errors
+/// When it cannot be opened or synced.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    let dir = File::open(path).context(|| format!("opening the directory {}", path.display()))?;
+    dir.sync_all().context(|| format!("syncing the directory {}", path.display()))
+}
+
+/// Makes a directory, and those above it, that only we may enter; an existing one must be ours and is made private.
+///
+/// # Errors
+/// `Denied` when it belongs to another user or is not a directory.
+pub fn make_private_dir(path: &Path) -> Result<()> {
+    const PRIVATE: u32 = 0o700;
+    let what = || format!("making the private directory {}", path.display());
+    let mut builder = std::fs::DirBuilder::new();
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, PRIVATE);
+    builder.recursive(true).create(path).context(what)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let dir = File::from(
+        rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|e| Error::new(Kind::Denied, what(), format!("not a directory of its own: {e}")))?,
+    );
+    let meta = dir.metadata().context(what)?;
+    let me = rustix::process::geteuid().as_raw();
+    if meta.uid() != me {
+        return Err(Error::new(Kind::Denied, what(), format!("it belongs to user {}", meta.uid()))
+            .hint(format!("remove it, or give it to user {me}")));
+    }
+    if meta.mode() & 0o777 != PRIVATE {
+        dir.set_permissions(std::fs::Permissions::from_mode(PRIVATE)).context(what)?;
+    }
+    Ok(())
+}
+
+/// Room on a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that we may still write.
+    pub free_bytes: u64,
+    /// Its size in bytes.
+    pub total_bytes: u64,
+    /// Inodes that may still be made; `u64::MAX` where the file system makes them as needed.
+    pub free_inodes: u64,
+}
+
+/// Room on the file system that holds `path`, or its nearest existing parent.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn free(path: &Path) -> Result<Space> {
+    let there = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    let s = rustix::fs::statvfs(there).context(|| format!("asking the room at {}", there.display()))?;
+    // Root may use the reserve; others may not.
+    let blocks = if rustix::process::geteuid().is_root() { s.f_bfree } else { s.f_bavail };
+    Ok(Space {
+        free_bytes: blocks.saturating_mul(s.f_frsize),
+        total_bytes: s.f_blocks.saturating_mul(s.f_frsize),
+        free_inodes: if s.f_files == 0 { u64::MAX } else { s.f_favail },
+    })
+}
+
+/// Whether two paths lie on one file system (their nearest existing parents are asked).
+///
+/// # Errors
+/// When one cannot be looked at.
+pub fn same_fs(a: &Path, b: &Path) -> Result<bool> {
+    let dev = |p: &Path| {
+        let there = p.ancestors().find(|p| p.symlink_metadata().is_ok()).unwrap_or(Path::new("."));
+        there.symlink_metadata().map(|m| m.dev()).context(|| format!("looking at {}", there.display()))
+    };
+    Ok(dev(a)? == dev(b)?)
+}
+
+/// What a tree holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TreeSize {
+    /// Entries of every kind, directories included, the top too.
+    pub entries: u64,
+    /// Sum of file lengths in bytes.
+    pub bytes: u64,
+    /// Space in use in bytes, a file with several names counted once per name.
+    pub disk_bytes: u64,
+    /// Whether the count stopped at the limit.
+    pub stopped: bool,
+}
+
+/// Measures a tree without following links, at most `limit` entries. What vanishes meanwhile is not counted.
+///
+/// # Errors
+/// When the top cannot be looked at.
+pub fn tree_size(path: &Path, limit: u64) -> Result<TreeSize> {
+    /// The unit of `st_blocks`.
+    const BLOCK_BYTES: u64 = 512;
+    let top = path.symlink_metadata().context(|| format!("measuring {}", path.display()))?;
+    let mut size = TreeSize::default();
+    let mut open = vec![(path.to_path_buf(), top)];
+    while let Some((path, meta)) = open.pop() {
+        if size.entries >= limit {
+            size.stopped = true;
+            break;
+        }
+        size.entries += 1;
+        size.disk_bytes += meta.blocks() * BLOCK_BYTES;
+        if meta.is_file() {
+            size.bytes += meta.len();
+        }
+        if meta.is_dir() {
+            for entry in std::fs::read_dir(&path).into_iter().flatten().flatten() {
+                if let Ok(meta) = entry.metadata() {
+                    open.push((entry.path(), meta));
+                }
+            }
+        }
+    }
+    Ok(size)
+}
+
+/// A lock that ends with its holder, however that ends.
+#[derive(Debug)]
+pub struct LockFile {
+    _file: File,
+}
+
+impl LockFile {
+    /// Takes the lock and writes our pid into the file; `None` when somebody holds it.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn try_take(path: &Path) -> Result<Option<LockFile>> {
+        let what = || format!("taking the lock {}", path.display());
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mut file = File::from(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).context(what)?);
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(e) => return Err(e).context(what),
+        }
+        file.set_len(0).context(what)?;
+        writeln!(file, "{}", std::process::id()).context(what)?;
+        Ok(Some(LockFile { _file: file }))
+    }
+
+    /// The pid that the file names: who holds the lock, or held it last.
+    #[must_use]
+    pub fn holder(path: &Path) -> Option<u32> {
+        /// A pid and a newline.
+        const LIMIT_BYTES: u64 = 32;
+        String::from_utf8(read_bounded(path, LIMIT_BYTES).ok()?).ok()?.trim().parse().ok()
+    }
+}

@@ -1,0 +1,454 @@
+//! Processes known by pid and start time, never by name.
+//!
+//! A pid alone is only a number that the kernel gives to somebody else later. Everything that signals or waits goes
+//! through a pidfd whose identity was checked after it was opened, so it can never hit a stranger.
+
+use crate::clock::Deadline;
+use crate::error::{Context, Error, Kind, Result};
+use crate::{poll, reap};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Kernel files under `/proc` are read up to here (an environment may be large, a table of sockets larger).
+const PROC_FILE_LIMIT_BYTES: u64 = 4 << 20;
+/// Descriptors of one process that are looked at.
+const OPEN_FILES_LIMIT: usize = 65_536;
+
+/// One process of this boot: its pid and when it started, in clock ticks (field 22 of `/proc/PID/stat`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The pid.
+    pub pid: u32,
+    /// Start time in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// The parts of `/proc/PID/stat` that judging needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stat {
+    /// State letter: R, S, D, T, t, Z, X, I.
+    pub state: char,
+    /// Parent.
+    pub ppid: u32,
+    /// CPU time of the process and its threads, user and system, in milliseconds.
+    pub cpu_ms: u64,
+    /// Threads.
+    pub threads: u32,
+    /// Resident memory in bytes.
+    pub rss_bytes: u64,
+    /// Session.
+    pub session: u32,
+    /// Process group.
+    pub pgrp: u32,
+    /// Start time in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// How a process ended, as far as anybody can know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// Exited with this status.
+    Exited(i32),
+    /// Ended by this signal.
+    Signaled(i32),
+    /// Still running when the deadline passed.
+    TimedOut,
+    /// Gone, but it was not our child, so its status is not ours to read.
+    Unknown,
+}
+
+impl ProcessId {
+    /// The process that has this pid now, zombies included.
+    #[must_use]
+    pub fn of(pid: u32) -> Option<ProcessId> {
+        stat_of(pid).map(|s| ProcessId { pid, start_ticks: s.start_ticks })
+    }
+
+    /// Ourselves.
+    ///
+    /// # Errors
+    /// When `/proc` is not there.
+    pub fn current() -> Result<ProcessId> {
+        ProcessId::of(std::process::id())
+            .ok_or_else(|| Error::new(Kind::System, "looking at ourselves", "/proc is not readable"))
+    }
+
+    /// A pidfd of a child of ours that has not been reaped (so its pid cannot have been given away).
+    pub(crate) fn child(pid: u32) -> Result<PidFd> {
+        let fd = open_pidfd(pid).context(|| format!("watching child {pid}"))?;
+        let id = ProcessId::of(pid).ok_or_else(|| {
+            Error::new(Kind::System, format!("watching child {pid}"), "/proc shows nothing")
+        })?;
+        Ok(PidFd { fd, id })
+    }
+
+    /// Whether it runs: same start time and not a zombie.
+    #[must_use]
+    pub fn alive(self) -> bool {
+        self.stat().is_some_and(|s| !matches!(s.state, 'Z' | 'X' | 'x'))
+    }
+
+    /// A handle that stays with this very process.
+    ///
+    /// # Errors
+    /// `NotFound` when it is gone.
+    pub fn open(self) -> Result<PidFd> {
+        let what = || format!("opening process {}", self.pid);
+        let fd = open_pidfd(self.pid).map_err(|e| match e {
+            rustix::io::Errno::SRCH => Error::new(Kind::NotFound, what(), "it is gone"),
+            other => Error::io(what(), &other.into()),
+        })?;
+        // Still the same one after the handle was opened: then it was the same one when it was.
+        if self.stat().is_none() {
+            return Err(Error::new(Kind::NotFound, what(), "it is gone and the pid is another's"));
+        }
+        Ok(PidFd { fd, id: self })
+    }
+
+    /// Sends a signal; `false` when the process is gone.
+    ///
+    /// # Errors
+    /// When we may not.
+    pub fn signal(self, sig: Signal) -> Result<bool> {
+        match self.open() {
+            Ok(fd) => fd.signal(sig),
+            Err(e) if e.kind == Kind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Its statistics, if the pid is still this process.
+    #[must_use]
+    pub fn stat(self) -> Option<Stat> {
+        stat_of(self.pid).filter(|s| s.start_ticks == self.start_ticks)
+    }
+
+    /// Its real user id.
+    #[must_use]
+    pub fn uid(self) -> Option<u32> {
+        let status = self.read("status")?;
+        let text = String::from_utf8_lossy(&status);
+        let line = text.lines().find_map(|l| l.strip_prefix("Uid:"))?;
+        line.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Its path in the cgroup v2 hierarchy, as seen from our cgroup namespace.
+    #[must_use]
+    pub fn cgroup(self) -> Option<String> {
+        let bytes = self.read("cgroup")?;
+        let text = String::from_utf8_lossy(&bytes);
+        text.lines().find_map(|l| l.strip_prefix("0::")).map(str::to_owned)
+    }
+
+    /// Its executable, as the kernel names it (" (deleted)" appended when it was removed).
+    #[must_use]
+    pub fn exe(self) -> Option<PathBuf> {
+        self.link("exe")
+    }
+
+    /// Its working directory.
+    #[must_use]
+    pub fn cwd(self) -> Option<PathBuf> {
+        self.link("cwd")
+    }
+
+    /// Whether its environment, as it was at exec, holds exactly this variable.
+    #[must_use]
+    pub fn environ_has(self, key: &str, val: &str) -> bool {
+        self.environ(key).is_some_and(|v| v == val.as_bytes())
+    }
+
+    /// A variable of its environment as it was at exec.
+    #[must_use]
+    pub fn environ(self, key: &str) -> Option<Vec<u8>> {
+        let bytes = self.read("environ")?;
+        bytes
+            .split(|b| *b == 0)
+            .find_map(|entry| entry.strip_prefix(key.as_bytes())?.strip_prefix(b"="))
+            .map(<[u8]>::to_vec)
+    }
+
+    /// Its arguments as it shows them now (a process may rewrite them: evidence, never proof).
+    #[must_use]
+    pub fn cmdline(self) -> Vec<String> {
+        let bytes = self.read("cmdline").unwrap_or_default();
+        bytes
+            .split(|b| *b == 0)
+            .filter(|a| !a.is_empty())
+            .map(|a| String::from_utf8_lossy(a).into_owned())
+            .collect()
+    }
+
+    /// Whether any of its arguments contains this text.
+    #[must_use]
+    pub fn cmdline_contains(self, text: &str) -> bool {
+        self.cmdline().iter().any(|a| a.contains(text))
+    }
+
+    /// Its open descriptors and what they point to.
+    #[must_use]
+    pub fn open_files(self) -> Vec<(i32, PathBuf)> {
+        let dir = PathBuf::from(format!("/proc/{}/fd", self.pid));
+        let files = entries(&dir)
+            .filter_map(|name| Some((name.parse().ok()?, std::fs::read_link(dir.join(&name)).ok()?)))
+            .take(OPEN_FILES_LIMIT)
+            .collect();
+        if self.stat().is_some() { files } else { Vec::new() }
+    }
+
+    /// Whether a debugger holds it.
+    #[must_use]
+    pub fn traced(self) -> bool {
+        let Some(status) = self.read("status") else { return false };
+        String::from_utf8_lossy(&status)
+            .lines()
+            .find_map(|l| l.strip_prefix("TracerPid:"))
+            .is_some_and(|v| v.trim() != "0")
+    }
+
+    /// A file of its `/proc` directory, if the pid is still this process after the read.
+    fn read(self, name: &str) -> Option<Vec<u8>> {
+        let bytes = read_proc(&format!("/proc/{}/{name}", self.pid))?;
+        self.stat().map(|_| bytes)
+    }
+
+    fn link(self, name: &str) -> Option<PathBuf> {
+        let path = std::fs::read_link(format!("/proc/{}/{name}", self.pid)).ok()?;
+        self.stat().map(|_| path)
+    }
+}
+
+/// A handle to one process; becomes readable when it has exited.
+#[derive(Debug)]
+pub struct PidFd {
+    fd: OwnedFd,
+    id: ProcessId,
+}
+
+impl PidFd {
+    /// Which process.
+    #[must_use]
+    pub fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// Waits until it has exited (`true`) or the deadline passes (`false`).
+    #[must_use]
+    pub fn wait(&self, deadline: Deadline) -> bool {
+        match poll::readable(&[self.fd.as_fd()], deadline) {
+            Ok(ready) => ready.first().copied().unwrap_or(false),
+            Err(_) => !self.id.alive(),
+        }
+    }
+
+    /// Whether it has exited.
+    #[must_use]
+    pub fn exited(&self) -> bool {
+        self.wait(Deadline::at(engine::Moment { boot: crate::clock::boot_id(), ms: 0 }))
+    }
+
+    /// Sends a signal; `false` when it is gone.
+    ///
+    /// # Errors
+    /// When we may not.
+    pub fn signal(&self, sig: Signal) -> Result<bool> {
+        match rustix::process::pidfd_send_signal(&self.fd, sig) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::SRCH) => Ok(false),
+            Err(e) => Err(e).context(|| format!("signalling process {}", self.id.pid)),
+        }
+    }
+
+    /// How it ended, reaping it when it is our child; `None` while it runs. The status of a child is given once, later
+    /// calls and other people's children give [`Ended::Unknown`].
+    #[must_use]
+    pub fn reap(&self) -> Option<Ended> {
+        let opts = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match rustix::process::waitid(WaitId::PidFd(self.fd.as_fd()), opts) {
+            Ok(Some(status)) => {
+                reap::forget(self.id.pid);
+                Some(match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => Ended::Exited(code),
+                    (None, Some(signal)) => Ended::Signaled(signal),
+                    (None, None) => Ended::Unknown,
+                })
+            }
+            Ok(None) => None,
+            Err(_) => self.exited().then_some(Ended::Unknown),
+        }
+    }
+}
+
+impl AsFd for PidFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn raw(pid: u32) -> Option<Pid> {
+    i32::try_from(pid).ok().filter(|p| *p > 0).and_then(Pid::from_raw)
+}
+
+fn open_pidfd(pid: u32) -> std::result::Result<OwnedFd, rustix::io::Errno> {
+    let pid = raw(pid).ok_or(rustix::io::Errno::SRCH)?;
+    rustix::process::pidfd_open(pid, PidfdFlags::empty())
+}
+
+/// Kills a whole process group. Only for a group whose leader is our unreaped child or was just proven ours: the group
+/// id must not be another's.
+pub(crate) fn group_kill(pgid: u32) {
+    if let Some(pgid) = raw(pgid).filter(|_| pgid > 1) {
+        // Nobody left in it is what we want.
+        let _ = rustix::process::kill_process_group(pgid, Signal::KILL);
+    }
+}
+
+fn read_proc(path: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).ok()?.take(PROC_FILE_LIMIT_BYTES).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn entries(dir: &Path) -> impl Iterator<Item = String> + use<> {
+    std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok())
+}
+
+/// What `/proc/PID/stat` says now.
+#[must_use]
+pub fn stat_of(pid: u32) -> Option<Stat> {
+    parse_stat(&read_proc(&format!("/proc/{pid}/stat"))?)
+}
+
+fn parse_stat(bytes: &[u8]) -> Option<Stat> {
+    let text = String::from_utf8_lossy(bytes);
+    // The name may hold anything, spaces and brackets too; the fields start after its last closing bracket.
+    let fields: Vec<&str> = text.get(text.rfind(')')? + 1..)?.split_whitespace().collect();
+    // Field numbers as in proc(5), the state being 3.
+    let field = |n: usize| fields.get(n - 3).copied();
+    let number = |n: usize| field(n).and_then(|f| f.parse::<u64>().ok());
+    let small =
+        |n: usize| field(n).and_then(|f| f.parse::<i64>().ok()).map(|v| u32::try_from(v).unwrap_or(0));
+    let ticks = rustix::param::clock_ticks_per_second().max(1);
+    let page = u64::try_from(rustix::param::page_size()).ok()?;
+    Some(Stat {
+        state: field(3)?.chars().next()?,
+        ppid: small(4)?,
+        pgrp: small(5)?,
+        session: small(6)?,
+        cpu_ms: number(14)?.saturating_add(number(15)?).saturating_mul(1_000) / ticks,
+        threads: small(20)?,
+        start_ticks: number(22)?,
+        rss_bytes: number(24)?.saturating_mul(page),
+    })
+}
+
+/// Every pid there is now.
+#[must_use]
+pub fn all_pids() -> Vec<u32> {
+    entries(Path::new("/proc")).filter_map(|name| name.parse().ok()).collect()
+}
+
+/// Every living descendant of a process, found by parent links. Orphans that were given to another parent are not
+/// among them.
+#[must_use]
+pub fn descendants(pid: u32) -> Vec<ProcessId> {
+    descendants_in(&table(), &[pid])
+}
+
+/// All processes now, by pid.
+pub(crate) fn table() -> BTreeMap<u32, Stat> {
+    all_pids().into_iter().filter_map(|pid| Some((pid, stat_of(pid)?))).collect()
+}
+
+pub(crate) fn descendants_in(table: &BTreeMap<u32, Stat>, roots: &[u32]) -> Vec<ProcessId> {
+    let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for (pid, stat) in table {
+        children.entry(stat.ppid).or_default().push(*pid);
+    }
+    let mut found = Vec::new();
+    let mut open: Vec<u32> = roots.to_vec();
+    while let Some(parent) = open.pop() {
+        for pid in children.remove(&parent).unwrap_or_default() {
+            open.push(pid);
+            if let Some(stat) = table.get(&pid) {
+                found.push(ProcessId { pid, start_ticks: stat.start_ticks });
+            }
+        }
+    }
+    found
+}
+
+/// A TCP socket that listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listener {
+    /// Where.
+    pub addr: SocketAddr,
+    /// Its socket's inode number.
+    pub inode: u64,
+    /// The user that opened it.
+    pub uid: u32,
+}
+
+/// Who listens on a TCP port in our network namespace, IPv4 first.
+#[must_use]
+pub fn listeners(port: u16) -> Vec<Listener> {
+    ["/proc/net/tcp", "/proc/net/tcp6"]
+        .into_iter()
+        .filter_map(read_proc)
+        .flat_map(|bytes| parse_listeners(&String::from_utf8_lossy(&bytes), port))
+        .collect()
+}
+
+fn parse_listeners(text: &str, port: u16) -> Vec<Listener> {
+    /// State "listen" in the kernel's socket table.
+    const LISTEN: &str = "0A";
+    let parse = |line: &str| -> Option<Listener> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if *fields.get(3)? != LISTEN {
+            return None;
+        }
+        let addr = parse_address(fields.get(1)?)?;
+        (addr.port() == port).then_some(())?;
+        Some(Listener { addr, uid: fields.get(7)?.parse().ok()?, inode: fields.get(9)?.parse().ok()? })
+    };
+    text.lines().skip(1).filter_map(parse).collect()
+}
+
+/// The kernel prints each 32-bit word of an address in the machine's byte order.
+fn parse_address(text: &str) -> Option<SocketAddr> {
+    let (ip, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |i: usize| Some(u32::from_str_radix(ip.get(i * 8..i * 8 + 8)?, 16).ok()?.to_ne_bytes());
+    let ip = match ip.len() {
+        8 => IpAddr::V4(Ipv4Addr::from(word(0)?)),
+        32 => {
+            let mut bytes = [0_u8; 16];
+            for (i, chunk) in bytes.chunks_exact_mut(4).enumerate() {
+                chunk.copy_from_slice(&word(i)?);
+            }
+            IpAddr::V6(Ipv6Addr::from(bytes))
+        }
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, port))
+}
+
+/// Which process holds a listening socket: the hinted pids are asked first, then all that we may look into.
+#[must_use]
+pub fn owner_of(listener: &Listener, hint: &[u32]) -> Option<ProcessId> {
+    let target = PathBuf::from(format!("socket:[{}]", listener.inode));
+    let holds = |pid: &u32| {
+        let dir = PathBuf::from(format!("/proc/{pid}/fd"));
+        entries(&dir)
+            .take(OPEN_FILES_LIMIT)
+            .any(|fd| std::fs::read_link(dir.join(fd)).is_ok_and(|l| l == target))
+    };
+    let pid = hint.iter().copied().find(holds).or_else(|| all_pids().into_iter().find(holds))?;
+    ProcessId::of(pid)
+}

@@ -8,7 +8,10 @@ pub mod output;
 pub mod poll;
 pub mod process;
 pub mod reap;
+pub mod registry;
 pub mod run;
+pub mod tls;
+pub mod unpack;
 mod spawn;
 
 pub use error::{Context, Error, Kind, Result};

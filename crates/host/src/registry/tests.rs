@@ -1,0 +1,1 @@
+//! Against a registry on the loopback that misbehaves on demand.

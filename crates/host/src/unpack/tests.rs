@@ -1,0 +1,1 @@
+//! Against archives made on the spot, honest and hostile.

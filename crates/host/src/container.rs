@@ -716,7 +716,7 @@ fn read_text(path: &Path) -> std::result::Result<String, String> {
 }
 
 /// The directory of our own cgroup in the v2 hierarchy.
-fn own_cgroup_dir(mountinfo: &str, own: &str) -> std::result::Result<PathBuf, String> {
+pub(crate) fn own_cgroup_dir(mountinfo: &str, own: &str) -> std::result::Result<PathBuf, String> {
     let path = own.lines().find_map(|l| l.strip_prefix("0::")).ok_or("the kernel has no cgroup v2")?;
     let path = path.trim_end_matches(" (deleted)");
     let (root, point) = mountinfo
@@ -805,7 +805,7 @@ fn cgroups_below(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// `None` when the cgroup does not exist.
-fn populated(dir: &Path) -> Option<bool> {
+pub(crate) fn populated(dir: &Path) -> Option<bool> {
     let text = std::fs::read_to_string(dir.join("cgroup.events")).ok()?;
     text.lines().find_map(|l| l.strip_prefix("populated ")).map(|v| v.trim() != "0")
 }

@@ -10,6 +10,7 @@ pub mod process;
 pub mod reap;
 pub mod registry;
 pub mod run;
+pub mod service;
 pub mod tls;
 pub mod unpack;
 mod spawn;

@@ -4,6 +4,7 @@ pub mod clock;
 pub mod container;
 pub mod error;
 pub mod files;
+pub mod journal;
 pub mod output;
 pub mod poll;
 pub mod process;

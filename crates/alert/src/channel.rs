@@ -4,7 +4,7 @@
 //! configuration error at install and not a surprise in an emergency. A token goes out only by HTTPS, or to the
 //! loopback; `plain_http = true` is the owner's word that the network between is theirs.
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +40,13 @@ impl Secret {
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("(secret)")
+    }
+}
+
+/// In clear: a configuration that is read must be writable again, into its own owner-only file and nowhere else.
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.0)
     }
 }
 
@@ -122,6 +129,13 @@ impl fmt::Display for Address {
     }
 }
 
+/// In clear, as [`Secret`].
+impl Serialize for Address {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.0)
+    }
+}
+
 impl<'de> Deserialize<'de> for Address {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Address, D::Error> {
         Address::parse(&String::deserialize(d)?).map_err(serde::de::Error::custom)
@@ -129,7 +143,7 @@ impl<'de> Deserialize<'de> for Address {
 }
 
 /// One way to reach somebody; one `[[alert]]` of the configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Channel {
     /// A JSON object by POST to any address; accepted by any 2xx.
@@ -143,7 +157,7 @@ pub enum Channel {
 }
 
 /// A JSON object by POST.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Webhook {
     /// Name shown in status; default `webhook`.
@@ -158,7 +172,7 @@ pub struct Webhook {
 }
 
 /// An ntfy topic.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ntfy {
     /// Name shown in status; default `ntfy`.
@@ -176,7 +190,7 @@ pub struct Ntfy {
 }
 
 /// A Telegram bot.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Telegram {
     /// Name shown in status; default `telegram`.
@@ -194,7 +208,7 @@ pub struct Telegram {
 }
 
 /// Lines in a file.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LocalFile {
     /// Name shown in status; default `file`.
@@ -370,6 +384,9 @@ mod tests {
         )
         .unwrap();
         check(&all).unwrap();
+        for channel in &all {
+            assert_eq!(&toml::from_str::<Channel>(&toml::to_string(channel).unwrap()).unwrap(), channel);
+        }
         assert_eq!(all.iter().map(Channel::name).collect::<Vec<_>>(), ["webhook", "ntfy", "phone", "file"]);
         assert_eq!(all.iter().map(Channel::is_local).collect::<Vec<_>>(), [false, false, false, true]);
         let shown = format!("{all:?} {}", all.iter().map(Channel::target).collect::<String>());

@@ -191,7 +191,7 @@ pub struct Facts {
     /// The command that puts back what the recovery replaced; `None` when it replaced nothing.
     pub undo: Option<String>,
     /// What to do, where the table's own advice is not enough (one line, usually a command).
-    pub todo: Option<String>,
+    pub advice: Option<String>,
 }
 
 /// A rendered message: what is queued, and what is sent.
@@ -237,8 +237,8 @@ impl Message {
         }
         // What to do comes last and must survive the cut, so it is rendered apart and the rest is cut to fit.
         let mut last = Vec::new();
-        if let Some(todo) = &facts.todo {
-            last.push(one_line(todo, FACT_LIMIT_CHARS));
+        if let Some(own) = &facts.advice {
+            last.push(one_line(own, FACT_LIMIT_CHARS));
         }
         last.extend(advice.iter().map(|a| fill(a, facts)));
         if kind == Kind::Closing {

@@ -12,6 +12,7 @@ pub mod reap;
 pub mod registry;
 pub mod run;
 pub mod service;
+pub mod signals;
 pub mod tls;
 pub mod unpack;
 mod spawn;

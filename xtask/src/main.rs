@@ -1,2 +1,99 @@
-//! x
-fn main() {}
+//! Builds, tests and measures: the only place that installs anything, and the only one that may run the others.
+//!
+//! Three speeds: `check` while writing, `test` before a push (it is what CI runs), `test --full` with every limit as
+//! it is in life. Every part is run once, tells its minutes, and is counted; what could not run is named with its
+//! reason. The last line stands alone: `N passed, N failed`; the exit code is 0 only when nothing failed.
+
+// It runs cargo, apt-get and our own binary for a developer who watches, and ends them itself: see `run`.
+#![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr)]
+
+mod bench;
+mod checks;
+mod demo;
+mod needs;
+mod proc;
+mod run;
+mod tidy;
+
+use run::Tally;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask check                  format, clippy, tidy, unit tests, 20,000 simulated schedules
+cargo xtask test [--full]          what CI runs: check, crash images, root-only tests, the demo on the real program
+cargo xtask bench agent [--minutes N]      the agent at rest: memory, processor, start (default 30 minutes)
+cargo xtask bench recovery [--rounds N]    each fault against a bare cold start (default 5 interleaved pairs)
+";
+
+/// Simulated schedules: enough that each known mutant of the engine is caught, within seconds.
+const SCHEDULES: u64 = 20_000;
+/// The same for `test --full`.
+const SCHEDULES_FULL: u64 = 2_000_000;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    // The usage of a tool is what it answers to no order; asked for it is a success.
+    let usage = |code| {
+        eprint!("{USAGE}");
+        ExitCode::from(code)
+    };
+    match words.as_slice() {
+        ["check"] => check(),
+        ["test"] => test(false),
+        ["test", "--full"] => test(true),
+        ["bench", "agent", rest @ ..] => match option(rest, "--minutes", 30) {
+            Some(minutes) => bench::agent(&root(), minutes),
+            None => usage(2),
+        },
+        ["bench", "recovery", rest @ ..] => match option(rest, "--rounds", 5) {
+            Some(rounds) => bench::recovery(&root(), rounds),
+            None => usage(2),
+        },
+        ["help" | "--help" | "-h"] => usage(0),
+        _ => usage(2),
+    }
+}
+
+/// The repository: where this crate was built from.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_owned)
+}
+
+fn option(args: &[&str], name: &str, default: u64) -> Option<u64> {
+    match args {
+        [] => Some(default),
+        [key, value] if *key == name => value.parse().ok().filter(|n| *n > 0),
+        _ => None,
+    }
+}
+
+fn check() -> ExitCode {
+    let root = root();
+    let mut tally = Tally::new();
+    needs::ensure(&mut tally);
+    checks::quick(&root, SCHEDULES, &mut tally);
+    checks::cli_is_documented(
+        &root,
+        &["build", "--quiet", "--package", "koboshi"],
+        "target/debug/koboshi",
+        &mut tally,
+    );
+    tally.close()
+}
+
+fn test(full: bool) -> ExitCode {
+    let root = root();
+    let mut tally = Tally::new();
+    needs::ensure(&mut tally);
+    checks::quick(&root, if full { SCHEDULES_FULL } else { SCHEDULES }, &mut tally);
+    let built =
+        checks::cli_is_documented(&root, &["build", "--release"], "target/release/koboshi", &mut tally);
+    if built {
+        demo::run_rounds(&root, if full { 5 } else { 1 }, &mut tally);
+    } else {
+        tally.skip("demo", "there is no release binary to run it with");
+    }
+    tally.close()
+}

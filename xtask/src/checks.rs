@@ -1,0 +1,116 @@
+//! The parts that need nothing but the toolchain: format, lints, tidiness, unit tests, simulation.
+
+use crate::needs::is_root;
+use crate::run::{Show, Tally, run};
+use crate::tidy;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+/// A cold build of everything on two slow cores, with room.
+const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// Two million schedules on two slow cores.
+const SIM_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// Printing help.
+const HELP_LIMIT: Duration = Duration::from_secs(20);
+
+pub(crate) fn cargo(root: &Path, args: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO"));
+    c.current_dir(root).args(args);
+    c
+}
+
+/// Format, clippy, tidy, unit tests, simulation.
+pub(crate) fn quick(root: &Path, schedules: u64, tally: &mut Tally) {
+    tally.one("format", || run(&mut cargo(root, &["fmt", "--all", "--check"]), Show::Yes, BUILD_LIMIT).ok());
+    tally.part("tidy", |_| tidy::all(root));
+    tally.one("clippy", || {
+        let args = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        run(&mut cargo(root, &args), Show::Yes, BUILD_LIMIT).ok()
+    });
+    unit(root, tally);
+    tally.one("simulation", || {
+        let (count, first) = (schedules.to_string(), "1");
+        let args =
+            ["run", "--quiet", "--release", "--package", "sim", "--bin", "sim", "--", count.as_str(), first];
+        run(&mut cargo(root, &args), Show::Yes, SIM_LIMIT).ok()
+    });
+}
+
+/// All tests of the workspace, once; the crash images and the root-only ones are among them and are named.
+fn unit(root: &Path, tally: &mut Tally) {
+    let mut output = String::new();
+    tally.part("unit and crash-image tests", |_| {
+        let ran = run(&mut cargo(root, &["test", "--workspace", "--no-fail-fast"]), Show::Yes, BUILD_LIMIT);
+        let ok = ran.ok();
+        let (passed, failed, binaries) = count(&ran.stdout);
+        output = ran.stdout;
+        // A build that failed, or a test binary that died, has no line to be counted by.
+        let unseen = u64::from(!ok && failed == 0) + u64::from(binaries == 0);
+        (passed, failed + unseen)
+    });
+    let images = named(&output, &["crash", "every_sync"]);
+    tally.part("crash images among them", |_| {
+        for name in &images {
+            println!("{name}");
+        }
+        // They are counted above; here only that the journal's and the store's exist at all.
+        if images.is_empty() { (0, 1) } else { (0, 0) }
+    });
+    let root_only = named(&output, &["as_root", "root_only"]);
+    if is_root() {
+        println!("root-only tests among them: {}", root_only.len());
+    } else {
+        tally.skip("root-only tests", "not root: mounts, cgroups and other users' processes were not tried");
+    }
+}
+
+/// Passed, failed, and the number of test binaries that told, from cargo's output.
+fn count(output: &str) -> (u64, u64, u64) {
+    let mut sum = (0, 0, 0);
+    for line in output.lines().filter(|l| l.starts_with("test result: ")) {
+        let number = |word: &str| {
+            line.split([';', '.'])
+                .find_map(|p| p.trim().strip_suffix(word)?.trim().parse::<u64>().ok())
+                .unwrap_or(0)
+        };
+        sum = (sum.0 + number("passed"), sum.1 + number("failed"), sum.2 + 1);
+    }
+    sum
+}
+
+/// Names of tests that ran and contain one of the words.
+fn named(output: &str, words: &[&str]) -> Vec<String> {
+    output
+        .lines()
+        .filter_map(|l| l.strip_prefix("test ")?.split_once(" ... ").map(|(name, _)| name.to_owned()))
+        .filter(|name| words.iter().any(|w| name.contains(w)))
+        .collect()
+}
+
+/// Builds the binary and checks that the documentation speaks of each command. Whether there is a binary.
+pub(crate) fn cli_is_documented(root: &Path, build: &[&str], binary: &str, tally: &mut Tally) -> bool {
+    let built = tally.one("build", || run(&mut cargo(root, build), Show::Yes, BUILD_LIMIT).ok());
+    if built {
+        tally.part("every command is documented", |_| {
+            let help = run(Command::new(root.join(binary)).arg("--help"), Show::No, HELP_LIMIT);
+            tidy::commands(root, &help.stdout)
+        });
+    }
+    built
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_all_binaries_are_summed() {
+        let output = "running 3 tests\ntest a::crash_at_every_sync ... ok\ntest b ... FAILED\n\
+            test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
+            test result: ok. 40 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.20s\n";
+        assert_eq!(count(output), (42, 1, 2));
+        assert_eq!(named(output, &["crash"]), ["a::crash_at_every_sync"]);
+        assert_eq!(count("error: could not compile"), (0, 0, 0));
+    }
+}

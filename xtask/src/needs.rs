@@ -1,0 +1,75 @@
+//! What the tests need from the machine. Only what is missing is installed, only from Debian's own packages, and only
+//! as root; otherwise the missing thing is named with the command that brings it.
+
+use crate::run::{Show, Tally, run};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+/// A slow mirror is slow; a dead one is not waited for.
+const INSTALL_LIMIT: Duration = Duration::from_secs(600);
+/// Commands that only print a version.
+const ASK_LIMIT: Duration = Duration::from_secs(60);
+
+/// A program that is looked for on the path, its Debian packages, and what for.
+const PROGRAMS: [(&str, &str, &str); 4] = [
+    ("cc", "gcc libc6-dev", "SQLite and zstd are C"),
+    ("git", "git", "the tidy checks read what is in the repository"),
+    ("mount", "mount", "root-only tests mount an overlay"),
+    ("unshare", "util-linux", "root-only tests use namespaces of their own"),
+];
+
+/// Makes sure of what the tests need. A thing that cannot be had counts as a failure.
+pub(crate) fn ensure(tally: &mut Tally) {
+    let missing: Vec<_> = PROGRAMS.into_iter().filter(|(program, _, _)| !on_path(program)).collect();
+    if !missing.is_empty() {
+        tally.one("needs", || install(&missing));
+    }
+    let lacking: Vec<&str> = ["fmt", "clippy"].into_iter().filter(|tool| !cargo_has(tool)).collect();
+    if !lacking.is_empty() {
+        tally.one("toolchain", || components(&lacking));
+    }
+}
+
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn on_path(program: &str) -> bool {
+    let Some(path) = std::env::var_os("PATH") else { return false };
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+fn install(missing: &[(&str, &str, &str)]) -> bool {
+    for (program, packages, why) in missing {
+        println!("`{program}` is missing ({why}): Debian package {packages}");
+    }
+    if !is_root() || !Path::new("/usr/bin/apt-get").exists() {
+        println!("install it, or run this as root on Debian");
+        return false;
+    }
+    let packages: Vec<&str> = missing.iter().flat_map(|(_, p, _)| p.split(' ')).collect();
+    let apt = |args: &[&str]| {
+        let mut c = Command::new("apt-get");
+        c.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-y"]).args(args);
+        run(&mut c, Show::Yes, INSTALL_LIMIT).ok()
+    };
+    // Stale package lists are the usual reason for a failed install; one that works needs no update.
+    let args: Vec<&str> = ["install", "--no-install-recommends"].into_iter().chain(packages).collect();
+    apt(&args) || (apt(&["update"]) && apt(&args))
+}
+
+fn cargo_has(tool: &str) -> bool {
+    let mut c = Command::new(env!("CARGO"));
+    c.args([tool, "--version"]).stderr(std::process::Stdio::null());
+    run(&mut c, Show::No, ASK_LIMIT).ok()
+}
+
+fn components(lacking: &[&str]) -> bool {
+    println!("cargo lacks: {}", lacking.join(", "));
+    if !on_path("rustup") {
+        println!("install rustfmt and clippy of this toolchain");
+        return false;
+    }
+    run(Command::new("rustup").args(["component", "add", "rustfmt", "clippy"]), Show::Yes, INSTALL_LIMIT).ok()
+}

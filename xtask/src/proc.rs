@@ -1,0 +1,120 @@
+//! What `/proc` says of processes: families to end, memory and processor time to measure. A process is known by its
+//! pid together with its start time, so nobody else's is ever ended or counted.
+
+use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeMap;
+
+/// A process that cannot be mistaken for a later one of the same pid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Id {
+    pub(crate) pid: u32,
+    start_ticks: u64,
+}
+
+/// The fields of `/proc/PID/stat` that are used here, times in clock ticks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stat {
+    pub(crate) id: Id,
+    pub(crate) ppid: u32,
+    /// Own user and system time.
+    pub(crate) own_ticks: u64,
+    /// The same of children that have ended and been waited for.
+    pub(crate) children_ticks: u64,
+    /// Time spent waiting for block I/O; 0 where the kernel does not account for it.
+    pub(crate) blocked_ticks: u64,
+}
+
+pub(crate) fn stat(pid: u32) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in parentheses and may hold anything, parentheses too.
+    let fields: Vec<&str> = text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace().collect();
+    // Field 3 of proc(5) is the first here.
+    let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+    Some(Stat {
+        id: Id { pid, start_ticks: number(22)? },
+        ppid: u32::try_from(number(4)?).ok()?,
+        own_ticks: number(14)? + number(15)?,
+        children_ticks: number(16)? + number(17)?,
+        blocked_ticks: number(42).unwrap_or(0),
+    })
+}
+
+pub(crate) fn alive(id: Id) -> bool {
+    stat(id.pid).is_some_and(|s| s.id == id)
+}
+
+fn all() -> Vec<Stat> {
+    let Ok(dir) = std::fs::read_dir("/proc") else { return Vec::new() };
+    dir.filter_map(|e| stat(e.ok()?.file_name().to_str()?.parse().ok()?)).collect()
+}
+
+/// A process and all its living descendants.
+pub(crate) fn family(pid: u32) -> Vec<Id> {
+    let mut children: BTreeMap<u32, Vec<Id>> = BTreeMap::new();
+    for s in all() {
+        children.entry(s.ppid).or_default().push(s.id);
+    }
+    let mut out: Vec<Id> = stat(pid).map(|s| s.id).into_iter().collect();
+    let mut next = 0;
+    while let Some(parent) = out.get(next).copied() {
+        out.extend(children.remove(&parent.pid).unwrap_or_default());
+        next += 1;
+    }
+    out
+}
+
+pub(crate) fn signal(pids: &[u32], signal: Signal) {
+    for pid in pids {
+        if let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) {
+            // Gone already is as good.
+            let _ = kill_process(pid, signal);
+        }
+    }
+}
+
+pub(crate) fn kill_same(ids: &[Id]) {
+    for id in ids.iter().filter(|id| alive(**id)) {
+        signal(&[id.pid], Signal::KILL);
+    }
+}
+
+/// Processes that run this very file and have the words among their arguments.
+pub(crate) fn running(exe: &std::path::Path, words: &[&str]) -> Vec<Id> {
+    all()
+        .into_iter()
+        .filter(|s| std::fs::read_link(format!("/proc/{}/exe", s.id.pid)).is_ok_and(|p| p == exe))
+        .filter(|s| {
+            let line = std::fs::read(format!("/proc/{}/cmdline", s.id.pid)).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            words.iter().all(|w| line.contains(w))
+        })
+        .map(|s| s.id)
+        .collect()
+}
+
+/// A field of `/proc/PID/status` in bytes, such as `VmRSS` or `RssAnon`.
+pub(crate) fn memory_bytes(pid: u32, field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_pid_and_start_and_found_in_its_family() {
+        let me = stat(std::process::id()).unwrap();
+        assert!(alive(me.id));
+        assert!(!alive(Id { start_ticks: me.id.start_ticks + 1, ..me.id }));
+        assert!(family(me.ppid).contains(&me.id));
+        assert!(memory_bytes(me.id.pid, "VmRSS").unwrap() > 100_000);
+        let exe = std::env::current_exe().unwrap();
+        assert!(running(&exe, &[]).contains(&me.id));
+        assert!(
+            !running(&exe, &["no such word on this command line"]).contains(&me.id)
+                || std::env::args().len() > 1
+        );
+    }
+}

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The gateway's output file is cut to its newest half beyond this: weeks of ordinary output.
@@ -165,6 +166,14 @@ impl Embedded {
     }
 }
 
+/// A mark that no other start has: not of this agent, not of another node's agent in the same millisecond.
+fn unique_mark() -> String {
+    static STARTS: AtomicU64 = AtomicU64::new(0);
+    let now = clock::now();
+    let nth = STARTS.fetch_add(1, Ordering::Relaxed);
+    format!("gateway-{:x}-{}-{}-{nth}", now.boot, now.ms, std::process::id())
+}
+
 impl Manager for Embedded {
     fn kind(&self) -> &'static str {
         "embedded"
@@ -217,7 +226,6 @@ impl Manager for Embedded {
         // Children that a dead gateway left behind would hold its port and locks.
         self.containers.kill_gateway(deadline)?;
         let spec = &self.spec;
-        let now = clock::now();
         let started = self.containers.spawn_gateway(&Spec {
             program: spec.program.clone(),
             args: spec.args.clone(),
@@ -226,7 +234,7 @@ impl Manager for Embedded {
             cwd: spec.cwd.clone(),
             ids: spec.ids,
             output: Some(OutputFile { path: spec.log.clone(), limit_bytes: LOG_LIMIT_BYTES }),
-            mark: format!("gateway-{:x}-{}", now.boot, now.ms),
+            mark: unique_mark(),
             ..Spec::default()
         })?;
         self.running = Some(started.1);

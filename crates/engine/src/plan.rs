@@ -392,6 +392,10 @@ impl Ask<'_> {
     /// Inside a turn.
     fn turn(&self, incident: &Incident, climb: &Climb, turn: &Turn, end_ms: u64) -> Action {
         let layer = turn.layer;
+        if self.ladder.start_holds() && matches!(turn.phase, Phase::Emptied { .. } | Phase::Resumed { .. }) {
+            // Somebody else has started it meanwhile: that start is waited for like one of ours.
+            return self.judge(Some(layer), Look::Start, end_ms);
+        }
         match &turn.phase {
             Phase::Working { step, deadline_ms } => {
                 if self.ladder.holding != Some(*step) {

@@ -49,7 +49,7 @@ fn unit(root: &Path, tally: &mut Tally) {
         let unseen = u64::from(!ok && failed == 0) + u64::from(binaries == 0);
         (passed, failed + unseen)
     });
-    let images = named(&output, &["crash", "every_sync"]);
+    let images = named(&output, &["crash", "every_sync", "power_cut"]);
     tally.part("crash images among them", |_| {
         for name in &images {
             println!("{name}");

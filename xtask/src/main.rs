@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "\
 cargo xtask check                  format, clippy, tidy, unit tests, 20,000 simulated schedules
+cargo xtask tidy                   only what needs no build: paths, leftovers, order of crates, module headers
 cargo xtask test [--full]          what CI runs: check, crash images, root-only tests, the demo on the real program
 cargo xtask bench agent [--minutes N]      the agent at rest: memory, processor, start (default 30 minutes)
 cargo xtask bench recovery [--rounds N]    each fault against a bare cold start (default 5 interleaved pairs)
@@ -41,6 +42,11 @@ fn main() -> ExitCode {
     };
     match words.as_slice() {
         ["check"] => check(),
+        ["tidy"] => {
+            let mut tally = Tally::new();
+            tally.part("tidy", |_| tidy::all(&root()));
+            tally.close()
+        }
         ["test"] => test(false),
         ["test", "--full"] => test(true),
         ["bench", "agent", rest @ ..] => match option(rest, "--minutes", 30) {

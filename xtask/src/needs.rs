@@ -12,16 +12,23 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(600);
 const ASK_LIMIT: Duration = Duration::from_secs(60);
 
 /// A program that is looked for on the path, its Debian packages, and what for.
-const PROGRAMS: [(&str, &str, &str); 4] = [
+type Program = (&'static str, &'static str, &'static str);
+/// What every run needs.
+const PROGRAMS: [Program; 2] = [
     ("cc", "gcc libc6-dev", "SQLite and zstd are C"),
     ("git", "git", "the tidy checks read what is in the repository"),
+];
+/// What the tests that only root can run need besides.
+const ROOT_PROGRAMS: [Program; 2] = [
     ("mount", "mount", "root-only tests mount an overlay"),
     ("unshare", "util-linux", "root-only tests use namespaces of their own"),
 ];
 
 /// Makes sure of what the tests need. A thing that cannot be had counts as a failure.
 pub(crate) fn ensure(tally: &mut Tally) {
-    let missing: Vec<_> = PROGRAMS.into_iter().filter(|(program, _, _)| !on_path(program)).collect();
+    let more = ROOT_PROGRAMS.into_iter().filter(|_| is_root());
+    let missing: Vec<Program> =
+        PROGRAMS.into_iter().chain(more).filter(|(program, _, _)| !on_path(program)).collect();
     if !missing.is_empty() {
         tally.one("needs", || install(&missing));
     }
@@ -40,7 +47,7 @@ fn on_path(program: &str) -> bool {
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
-fn install(missing: &[(&str, &str, &str)]) -> bool {
+fn install(missing: &[Program]) -> bool {
     for (program, packages, why) in missing {
         println!("`{program}` is missing ({why}): Debian package {packages}");
     }

@@ -176,3 +176,49 @@ impl Tally {
 fn minutes(d: Duration) -> String {
     format!("{:.1} min", d.as_secs_f64() / 60.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_does_not_end_is_ended_with_what_it_started() {
+        let mut c = Command::new("sh");
+        // The grandchild holds the pipe and must not hold us.
+        c.args(["-c", "sleep 600 & echo $!; wait"]);
+        let ran = run(&mut c, Show::No, Duration::from_millis(300));
+        assert!(ran.status.is_none() && !ran.ok());
+        let grandchild: u32 = ran.stdout.trim().parse().unwrap();
+        let until = Instant::now() + Duration::from_secs(5);
+        while std::fs::exists(format!("/proc/{grandchild}")).unwrap() && Instant::now() < until {
+            std::thread::sleep(POLL);
+        }
+        // Killed; where nobody reaps orphans it stays a zombie.
+        let state = std::fs::read_to_string(format!("/proc/{grandchild}/stat")).unwrap_or_default();
+        assert!(state.is_empty() || state.contains(") Z "), "{state}");
+    }
+
+    #[test]
+    fn output_and_exit_code_are_told() {
+        let ran = run(
+            Command::new("sh").args(["-c", "echo one; echo two; exit 3"]),
+            Show::No,
+            Duration::from_secs(20),
+        );
+        assert_eq!((ran.stdout.as_str(), ran.status.and_then(|s| s.code())), ("one\ntwo\n", Some(3)));
+        assert!(!run(&mut Command::new("/nonexistent/program"), Show::No, Duration::from_secs(1)).ok());
+    }
+
+    #[test]
+    fn one_failure_fails_the_whole_and_nothing_passed_is_no_pass() {
+        let mut tally = Tally::new();
+        tally.one("a", || true);
+        tally.part("b", |_| (3, 1));
+        assert_eq!(format!("{:?}", tally.close()), format!("{:?}", ExitCode::FAILURE));
+        assert_eq!(format!("{:?}", Tally::new().close()), format!("{:?}", ExitCode::FAILURE));
+        let mut tally = Tally::new();
+        tally.one("a", || true);
+        tally.skip("b", "not here");
+        assert_eq!(format!("{:?}", tally.close()), format!("{:?}", ExitCode::SUCCESS));
+    }
+}

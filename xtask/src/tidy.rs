@@ -26,12 +26,15 @@ impl Text {
         room && self.path.ends_with(".rs")
     }
 
-    /// The source without its tests, which may name and write what the code may not.
-    fn code(&self) -> &str {
+    /// The source without its tests and comments, which may name what the code may not. Line numbers stay.
+    fn code(&self) -> String {
         if self.path.ends_with("tests.rs") || self.path.contains("/tests/") {
-            return "";
+            return String::new();
         }
-        self.text.split("#[cfg(test)]").next().unwrap_or("")
+        let code = self.text.split("#[cfg(test)]").next().unwrap_or("");
+        code.lines()
+            .map(|l| if l.trim_start().starts_with("//") { "\n".to_owned() } else { format!("{l}\n") })
+            .collect()
     }
 }
 
@@ -178,13 +181,13 @@ fn blind(files: &[Text]) -> Vec<String> {
     files
         .iter()
         .filter(|f| f.is_source() && BLIND.iter().any(|c| f.path.starts_with(&format!("crates/{c}/"))))
-        .flat_map(|f| hits(&f.path, f.code(), &names))
+        .flat_map(|f| hits(&f.path, &f.code(), &names))
         .collect()
 }
 
 fn headers(files: &[Text]) -> Vec<String> {
     // A sentence, not a word.
-    const LEAST_CHARS: usize = 25;
+    const LEAST_CHARS: usize = 15;
     let short = |f: &&Text| {
         let header: String = f.text.lines().map_while(|l| l.strip_prefix("//!")).collect();
         header.trim().chars().count() < LEAST_CHARS
@@ -263,8 +266,7 @@ mod tests {
         assert_eq!(plain(&bad), ["crates/host/src/a.rs: no newline at the end"]);
         let word = concat!("TO", "DO");
         assert_eq!(leftovers(&[file("a.rs", &format!("// {word} later\n"))]), [format!("a.rs:1: {word}")]);
-        let patient =
-            "//! About.\nconst A: &str = \"openclaw.json\";\n#[cfg(test)]\nconst B: &str = \".openclaw/\";\n";
+        let patient = "//! About openclaw.json.\nconst A: &str = \"openclaw.json\";\n#[cfg(test)]\nconst B: &str = \".openclaw/\";\n";
         assert_eq!(
             blind(&[file("crates/store/src/a.rs", patient)]),
             ["crates/store/src/a.rs:2: openclaw.json"]

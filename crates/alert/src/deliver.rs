@@ -71,13 +71,15 @@ impl Delivery {
     }
 }
 
-/// Sends what is due. Returns by the deadline, with every answer recorded; never fails, because whatever went wrong
+/// Sends what is due. Blocks until every due channel has answered or the deadline has come, so an agent calls it
+/// beside its loop. Returns by the deadline, with every answer recorded; never fails, because whatever went wrong
 /// is in the delivery and the messages are still queued.
 pub fn deliver(outbox: &mut Outbox, channels: &[Channel], deadline: Deadline) -> Delivery {
     let now = clock::now();
-    let due = outbox.load().values().any(|e| channels.iter().any(|c| !c.is_local() && e.is_due(c, now)));
+    let entries = outbox.load();
+    let remote = channels.iter().any(|c| !c.is_local() && !work_for(c, &entries, outbox, now).is_empty());
     // Certificates cost memory: they are loaded only when something is to be sent, and let go after.
-    let client = if due { Client::from_env().ok() } else { None };
+    let client = if remote { Client::from_env().ok() } else { None };
     deliver_with(outbox, channels, client.as_ref(), now, deadline)
 }
 

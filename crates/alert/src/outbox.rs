@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 
 /// More queued notices than this and the oldest go: nobody reads more after an outage.
 pub const NOTICE_LIMIT: usize = 64;
-/// More queued incident messages than this are refused: a hundred and seventy untold incidents tell enough.
-pub const INCIDENT_LIMIT: usize = 512;
+/// More queued incident messages than this are refused: more than eighty untold incidents tell enough.
+pub const INCIDENT_LIMIT: usize = 256;
 /// A message's text is bounded where it is rendered; a file beyond this is not ours.
 const ENTRY_LIMIT_BYTES: u64 = 64 << 10;
 /// Keys of told messages that are remembered: months of normal life.
@@ -255,7 +255,7 @@ impl Outbox {
                 }
                 Err(e) if e.kind == ErrorKind::NotFound => {}
                 Err(e) if e.kind == ErrorKind::Corrupt => self.put_aside(&name),
-                // Not readable just now (memory, permission): it stays for a better time.
+                // Not readable just now (memory, permission), or a newer koboshi's: it stays for a better time.
                 Err(_) => {}
             }
         }
@@ -328,7 +328,12 @@ impl Outbox {
         let bytes = files::read_bounded(&self.dir.join(name), ENTRY_LIMIT_BYTES)?;
         let corrupt =
             |why: String| Error::new(ErrorKind::Corrupt, format!("reading {name} of the outbox"), why);
-        let entry: Entry = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
+        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
+        if value["schema"].as_u64().is_some_and(|schema| schema > u64::from(SCHEMA)) {
+            let why = "a newer koboshi wrote it";
+            return Err(Error::new(ErrorKind::Usage, format!("reading {name} of the outbox"), why));
+        }
+        let entry: Entry = serde_json::from_value(value).map_err(|e| corrupt(e.to_string()))?;
         if entry.schema != SCHEMA || id_of(&entry.message.key) != id {
             return Err(corrupt("it is not what its name says".to_owned()));
         }

@@ -198,6 +198,10 @@ fn post(
 }
 
 /// The library's error in our words: its own may quote the address.
+#[allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "another's enum, open by declaration: what is new is unknown"
+)]
 fn failed(e: &ureq::Error) -> Sent {
     let later = |why: &str| Sent::Later { why: why.to_owned(), after: None };
     match e {

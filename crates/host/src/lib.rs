@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod container;
 pub mod error;
+pub mod exchange;
 pub mod files;
 pub mod journal;
 pub mod output;

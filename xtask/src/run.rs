@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const KEPT_LIMIT_BYTES: usize = 16 << 20;
 /// How long a part may take to end by itself after SIGTERM, before SIGKILL.
 const GRACE: Duration = Duration::from_secs(20);
+/// How long what an ended child has written is still read, when something holds its output open.
+const DRAIN: Duration = Duration::from_secs(3);
 /// How often an ended child and a passed deadline are looked for.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -51,9 +53,10 @@ pub(crate) fn run(command: &mut Command, show: Show, limit: Duration) -> Ran {
         std::thread::spawn(move || read(pipe, show, &tx));
     }
     let status = wait(&mut child, started + limit, limit);
-    // Something that outlived the child may hold the pipe open for ever: what has been read by then is enough.
+    // Something that outlived the child may hold the pipe open, and write to it, for ever.
+    let until = Instant::now() + DRAIN;
     let mut stdout = String::new();
-    while let Ok(line) = rx.recv_timeout(if status.is_some() { Duration::from_secs(5) } else { POLL }) {
+    while let Ok(line) = rx.recv_timeout(until.saturating_duration_since(Instant::now())) {
         if stdout.len() + line.len() <= KEPT_LIMIT_BYTES {
             stdout.push_str(&line);
         }

@@ -543,6 +543,29 @@ fn without_any_channel_a_message_is_kept() {
 }
 
 #[test]
+fn a_receiver_that_speaks_no_tls_gets_no_secret() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://127.0.0.1:{}/", listener.local_addr().unwrap().port());
+    let heard = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+        let mut heard = Vec::new();
+        // Ended by a reset or an end, as the client likes.
+        let _ = stream.read_to_end(&mut heard);
+        heard
+    });
+    let channels = [channel(&format!("kind = \"webhook\"\nurl = \"{url}\"\ntoken = \"hush\""))];
+    let mut outbox = Outbox::open(dir.path()).unwrap();
+    queue(&mut outbox, Kind::Opening, "i1");
+    let d = pass(&mut outbox, &channels);
+    assert_eq!((d.accepted.len(), d.queued), (0, 1), "{d:?}");
+    assert!(d.refused[0].why.contains("TLS"), "{d:?}");
+    let heard = String::from_utf8_lossy(&heard.join().unwrap()).into_owned();
+    assert!(!heard.contains("hush") && !heard.contains("POST"), "{heard}");
+}
+
+#[test]
 fn a_test_message_proves_a_channel_or_says_why_not() {
     let dir = tempfile::tempdir().unwrap();
     let server = Server::new(Manner::Answer("403 Forbidden", ""));

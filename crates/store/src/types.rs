@@ -143,6 +143,9 @@ pub struct Problem {
     pub kind: ProblemKind,
     /// One line.
     pub why: String,
+    /// The class was carried over whole from the snapshot before, so the snapshot is none the worse for it.
+    #[serde(default)]
+    pub carried: bool,
 }
 
 /// Kinds of [`Problem`].

@@ -1,0 +1,286 @@
+//! Gets a deleted database back from the gateway that still holds it open.
+//!
+//! A file that was removed lives on in the open descriptors of its process, main file, `-wal` and (useless to us)
+//! `-shm`. Main and log are copied as one set: the log's header must be the same before and after, so no page was
+//! moved between the two copies that the log does not still hold. SQLite then folds the log into the copy, which is
+//! checked and left as one file. The gateway is neither stopped nor asked.
+
+use crate::Node;
+use crate::identity::{self, Identity, beside};
+use host::clock::Deadline;
+use host::error::{Context, Error, Kind, Result};
+use host::process::ProcessId;
+use rusqlite::{Connection, OpenFlags};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The largest database that is salvaged this way.
+const SALVAGE_LIMIT_BYTES: u64 = 16 << 30;
+/// A log that is being checkpointed is copied again; a busy one settles within a few tries.
+const TRIES_LIMIT: u32 = 8;
+/// Different deleted files of one path that are told apart (a database deleted again and again).
+const VERSIONS_LIMIT: usize = 8;
+/// The fixed head of a write-ahead log: magic, page size, checkpoint number and salts.
+const LOG_HEAD_BYTES: usize = 32;
+/// Folding the log and checking a database of ordinary size.
+const FOLD: Duration = Duration::from_secs(60);
+
+/// One database that was got back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Salvaged {
+    /// Where it lay.
+    pub original: PathBuf,
+    /// Where the copy lies: one whole file, no log beside it.
+    pub file: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Bytes of the log that were folded in.
+    pub log_bytes: u64,
+    /// Who it says the node is, if it is the shared state.
+    pub identity: Option<Identity>,
+}
+
+/// Copies every deleted database under the node's state that `gateway` still holds open into `dest`.
+///
+/// An empty list means that there was nothing to salvage. Only files of the node's own state directory are taken,
+/// and only from a process of the node's user.
+pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<Vec<Salvaged>> {
+    let what = || format!("salvaging databases from process {}", gateway.pid);
+    if gateway.uid() != Some(node.ids.uid) {
+        return Err(Error::new(Kind::Denied, what(), "it is not a process of the node's user"));
+    }
+    let open = deleted(gateway, &node.state_dir);
+    let mut saved: Vec<Salvaged> = Vec::new();
+    let mains = open.iter().filter(|d| d.path.extension().is_some_and(|e| e == "sqlite"));
+    for (n, main) in mains.enumerate() {
+        let log_path = beside(&main.path, "-wal");
+        let logs: Vec<&Deleted> = open.iter().filter(|d| d.path == log_path).collect();
+        let to = dest.join(format!("{n}-{}", main.path.file_name().unwrap_or_default().to_string_lossy()));
+        if let Some(one) = best(main, &logs, &to)? {
+            saved.push(one);
+        }
+    }
+    if !gateway.alive() && saved.is_empty() {
+        return Err(Error::new(Kind::NotFound, what(), "it ended before anything could be copied"));
+    }
+    Ok(saved)
+}
+
+/// A deleted file that is still open somewhere.
+struct Deleted {
+    path: PathBuf,
+    /// `/proc/PID/fd/N`: opening it opens the deleted file itself.
+    fd: PathBuf,
+    inode: (u64, u64),
+    mtime: i64,
+}
+
+fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
+    let mut found: Vec<Deleted> = Vec::new();
+    for (fd, link) in gateway.open_files() {
+        let Some(path) = link.to_string_lossy().strip_suffix(" (deleted)").map(PathBuf::from) else {
+            continue;
+        };
+        let fd = PathBuf::from(format!("/proc/{}/fd/{fd}", gateway.pid));
+        let Ok(meta) = std::fs::metadata(&fd) else { continue };
+        let inode = (meta.dev(), meta.ino());
+        let several = found.iter().filter(|d| d.path == path).count() >= VERSIONS_LIMIT;
+        if !meta.is_file()
+            || !path.starts_with(state_dir)
+            || several
+            || found.iter().any(|d| d.inode == inode)
+        {
+            continue;
+        }
+        found.push(Deleted { path, fd, inode, mtime: meta.mtime() });
+    }
+    // The newest first: after several deletions that is the one the gateway works with.
+    found.sort_by_key(|d| std::cmp::Reverse(d.mtime));
+    found
+}
+
+/// Tries the main file with each of the logs and without one; the first that folds and passes its check is taken.
+fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>> {
+    let mut last = None;
+    for log in logs.iter().map(|l| Some(*l)).chain([None]) {
+        // A log that belongs to the file and is left out would silently lose the newest rows.
+        if log.is_none() && !logs.is_empty() && last.is_none() {
+            continue;
+        }
+        match one(main, log, to) {
+            Ok(saved) => return Ok(Some(saved)),
+            Err(e) => {
+                let _ = remove_set(to);
+                last = Some(e);
+            }
+        }
+    }
+    match last {
+        Some(e) if e.kind == Kind::Corrupt => Ok(None),
+        Some(e) => Err(e),
+        None => Ok(None),
+    }
+}
+
+fn one(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<Salvaged> {
+    let what = || format!("salvaging {}", main.path.display());
+    let log_bytes = copy_set(main, log, to)?;
+    fold(to)?;
+    let deadline = Deadline::after(FOLD);
+    let identity = identity::read_state(to, deadline).ok();
+    let bytes = std::fs::metadata(to).context(what)?.len();
+    Ok(Salvaged { original: main.path.clone(), file: to.to_path_buf(), bytes, log_bytes, identity })
+}
+
+/// Copies main and log so that together they are one state of the database.
+fn copy_set(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<u64> {
+    let what = || format!("copying {} with its log", main.path.display());
+    for _ in 0..TRIES_LIMIT {
+        remove_set(to)?;
+        let before = (log.map(head).transpose()?, modified(main)?);
+        copy_bounded(&main.fd, to, SALVAGE_LIMIT_BYTES)?;
+        let mut log_bytes = 0;
+        if let Some(log) = log {
+            log_bytes = copy_bounded(&log.fd, &beside(to, "-wal"), SALVAGE_LIMIT_BYTES)?;
+        }
+        let after = (log.map(head).transpose()?, modified(main)?);
+        // With a log, pages that a checkpoint moved meanwhile are still in the log as long as it was not begun anew.
+        let whole = if log.is_some() { before.0 == after.0 } else { before.1 == after.1 };
+        if whole {
+            return Ok(log_bytes);
+        }
+    }
+    Err(Error::new(Kind::TimedOut, what(), "the gateway wrote on and on"))
+}
+
+fn modified(file: &Deleted) -> Result<(i64, i64, u64)> {
+    let meta = std::fs::metadata(&file.fd).context(|| format!("looking at {}", file.path.display()))?;
+    Ok((meta.mtime(), meta.mtime_nsec(), meta.len()))
+}
+
+fn head(log: &Deleted) -> Result<Vec<u8>> {
+    let what = || format!("reading {}", log.path.display());
+    let mut file = File::open(&log.fd).context(what)?;
+    file.seek(SeekFrom::Start(0)).context(what)?;
+    let mut head = Vec::with_capacity(LOG_HEAD_BYTES);
+    file.take(LOG_HEAD_BYTES as u64).read_to_end(&mut head).context(what)?;
+    Ok(head)
+}
+
+/// Folds the log into the main file, checks the result, and leaves one file.
+fn fold(db: &Path) -> Result<()> {
+    let fail = |e: rusqlite::Error| identity::of_sqlite(db, &e);
+    let mut conn =
+        Connection::open_with_flags(db, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+            .map_err(fail)?;
+    let deadline = Deadline::after(FOLD);
+    conn.progress_handler(20_000, Some(move || deadline.passed())).map_err(fail)?;
+    conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).map_err(fail)?;
+    let verdict: String = conn.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(fail)?;
+    if verdict != "ok" {
+        return Err(Error::new(Kind::Corrupt, format!("checking {}", db.display()), verdict));
+    }
+    conn.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(())).map_err(fail)?;
+    conn.close().map_err(|(_, e)| fail(e))?;
+    File::open(db).and_then(|f| f.sync_all()).context(|| format!("syncing {}", db.display()))?;
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(beside(db, suffix));
+    }
+    Ok(())
+}
+
+fn remove_set(db: &Path) -> Result<()> {
+    for suffix in ["", "-wal", "-shm"] {
+        match std::fs::remove_file(beside(db, suffix)) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(format!("clearing {}", db.display()), &e)),
+        }
+    }
+    Ok(())
+}
+
+/// Copies at most `limit` bytes into a new private file.
+pub(crate) fn copy_bounded(from: &Path, to: &Path, limit: u64) -> Result<u64> {
+    let what = || format!("copying {}", from.display());
+    let source = File::open(from).context(what)?;
+    let mut target =
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).context(what)?;
+    let copied = std::io::copy(&mut source.take(limit.saturating_add(1)), &mut target).context(what)?;
+    if copied > limit {
+        return Err(Error::new(Kind::NoSpace, what(), format!("it is larger than {limit} bytes")));
+    }
+    Ok(copied)
+}
+
+/// A fresh directory of ours alone.
+pub(crate) fn private_dir(parent: &Path) -> Result<PathBuf> {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let name = format!(
+        "koboshi-{}-{}-{}",
+        std::process::id(),
+        host::clock::now().ms,
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
+    let dir = parent.join(name);
+    rustix::fs::mkdir(&dir, rustix::fs::Mode::RWXU).context(|| format!("making {}", dir.display()))?;
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::find::tests::node_at;
+    use crate::identity::tests::state_db;
+
+    #[test]
+    fn a_deleted_database_comes_back_with_what_only_its_log_held() {
+        let dir = tempfile::tempdir().expect("dir");
+        let node = node_at(dir.path());
+        let path = node.state_db();
+        // This very process plays the gateway: it holds the database open.
+        let writer = state_db(&path, Some("the-device"), 7);
+        let before = identity::read_state(&path, Deadline::after(FOLD)).expect("identity");
+        for suffix in ["", "-wal", "-shm"] {
+            std::fs::remove_file(beside(&path, suffix)).expect("rm");
+        }
+        writer.execute("INSERT INTO device_pairing_paired VALUES ('after')", []).expect("insert");
+        let dest = dir.path().join("saved");
+        std::fs::create_dir(&dest).expect("mkdir");
+        let us = ProcessId::current().expect("us");
+        let saved = from_open_files(&node, us, &dest).expect("salvage");
+        assert_eq!(saved.len(), 1, "{saved:?}");
+        let one = &saved[0];
+        assert_eq!(one.original, path);
+        assert!(one.log_bytes > 0);
+        let identity = one.identity.clone().expect("identity");
+        assert_eq!(identity.device_id, before.device_id);
+        assert_eq!(identity.counts.paired, 8);
+        let left: Vec<_> = std::fs::read_dir(&dest).expect("dir").flatten().collect();
+        assert_eq!(left.len(), 1, "one whole file: {left:?}");
+        drop(writer);
+    }
+
+    #[test]
+    fn nothing_deleted_is_nothing_salvaged() {
+        let dir = tempfile::tempdir().expect("dir");
+        let node = node_at(dir.path());
+        let writer = state_db(&node.state_db(), Some("x"), 1);
+        let us = ProcessId::current().expect("us");
+        assert_eq!(from_open_files(&node, us, dir.path()).expect("salvage"), []);
+        drop(writer);
+    }
+
+    #[test]
+    fn another_users_process_is_not_read() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut node = node_at(dir.path());
+        node.ids.uid = node.ids.uid.wrapping_add(1);
+        let us = ProcessId::current().expect("us");
+        assert_eq!(from_open_files(&node, us, dir.path()).map_err(|e| e.kind), Err(Kind::Denied));
+    }
+}

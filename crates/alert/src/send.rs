@@ -207,6 +207,10 @@ fn failed(e: &ureq::Error) -> Sent {
     match e {
         ureq::Error::Timeout(_) => later("gave no answer in time"),
         ureq::Error::HostNotFound => later("its name cannot be resolved"),
+        // What rustls refuses reaches us as unsound data.
+        ureq::Error::Io(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+            later("no trusted TLS connection could be made")
+        }
         ureq::Error::Io(e) => {
             Sent::Later { why: format!("the connection failed ({})", e.kind()), after: None }
         }

@@ -6,8 +6,10 @@ pub mod error;
 pub mod exchange;
 pub mod files;
 pub mod journal;
+pub mod notify;
 pub mod output;
 pub mod poll;
+pub mod pressure;
 pub mod process;
 pub mod reap;
 pub mod registry;
@@ -16,6 +18,7 @@ pub mod service;
 pub mod signals;
 pub mod tls;
 pub mod unpack;
+pub mod watch;
 mod spawn;
 
 pub use error::{Context, Error, Kind, Result};

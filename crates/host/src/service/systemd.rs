@@ -2,9 +2,9 @@
 //!
 //! systemd is the one that starts: we ask with `--no-block` and read the unit's properties, never a message. A hold
 //! is a drop-in below `/run` (or the user's runtime directory) that forbids restarts and fails the start's condition.
-//! A runtime *mask* would not do: a unit file in `/etc` or in the user's own configuration, where OpenClaw puts
-//! its unit, takes precedence over one. The drop-in works wherever the unit lies, a reboot forgets it, any later agent
-//! sees it, and it cannot be taken for the owner's own mask.
+//! A runtime *mask* would not do: a unit file in `/etc` or in the user's own configuration, where gateways usually have
+//! theirs, takes precedence over one, and systemd 252 reports success all the same. The drop-in works wherever the
+//! unit lies, a reboot forgets it, any later agent sees it, and it cannot be taken for the owner's own mask.
 
 use super::{Active, KILL_RESERVE, Manager, ServiceState, Stopped};
 use crate::clock::{self, Deadline};
@@ -37,7 +37,8 @@ const HOLD_TEXT: &str = "# koboshi is repairing this service; removed by koboshi
 /// The properties read at a look.
 const PROPERTIES: &str = "LoadState,ActiveState,SubState,UnitFileState,MainPID,Result,ExecMainCode,ExecMainStatus,\
     NRestarts,ControlGroup,StateChangeTimestampMonotonic,FragmentPath,DropInPaths,NeedDaemonReload,\
-    TimeoutStopUSec,Job";
+    TimeoutStopUSec,\
+    Restart,RestartPreventExitStatus,StartLimitBurst";
 
 /// Whose manager runs the unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -201,7 +202,7 @@ impl Systemd {
             if down && empty {
                 return Ok(Some(state));
             }
-            if until.passed() {
+            if until.passed() || deadline.left() < LOOK_RARELY {
                 return Ok(None);
             }
             let pause = if main.is_some_and(ProcessId::alive) { LOOK_RARELY } else { LOOK_AGAIN };
@@ -269,17 +270,21 @@ impl Manager for Systemd {
         if self.wait_down(before.main, polite, deadline)?.is_some() {
             return Ok(Stopped::Clean { took_ms: took_ms() });
         }
+        let mut state = self.look(deadline)?;
         loop {
-            let state = self.look(deadline)?;
             self.kill(&state, deadline)?;
             let again = deadline.min(Deadline::after(KILL_RESERVE));
             if self.wait_down(state.main, again, deadline)?.is_some() {
                 return Ok(Stopped::Killed { took_ms: took_ms() });
             }
-            if deadline.passed() {
-                let why = format!("it is still {:?} after SIGKILL", state.active);
+            if deadline.left() < LOOK_RARELY {
+                let why = format!(
+                    "after SIGKILL systemd still says {:?}, main process {:?}",
+                    state.active, state.main
+                );
                 return Err(Error::new(Kind::TimedOut, format!("stopping {}", self.unit), why));
             }
+            state = self.look(deadline)?;
         }
     }
 
@@ -386,11 +391,29 @@ impl Shown {
         }
         let result = self.get("Result");
         Some(match self.exit().0 {
+            Some(_) | None if result == "start-limit-hit" || self.ran_out_of_starts() => {
+                "start limit reached".into()
+            }
             Some(status) if result == "exit-code" => format!("exit status {status}"),
-            Some(_) | None if result == "start-limit-hit" => "start limit reached".into(),
             Some(_) | None if result.is_empty() => "failed".into(),
             Some(_) | None => result.into(),
         })
+    }
+
+    /// At the start limit of a failing unit systemd keeps the last failure's result and only stops restarting: seen
+    /// by a failure that its own settings say would have been followed by a restart.
+    fn ran_out_of_starts(&self) -> bool {
+        let restarting = match self.get("Restart") {
+            "always" | "on-failure" => {
+                matches!(self.get("Result"), "exit-code" | "signal" | "core-dump" | "watchdog")
+            }
+            _ => false,
+        };
+        let status = self.exit().0.map(|status| status.to_string()).unwrap_or_default();
+        let prevented = self.get("RestartPreventExitStatus").split_whitespace().any(|s| s == status);
+        let burst: u32 = self.number("StartLimitBurst").unwrap_or(0);
+        let restarts: u32 = self.number("NRestarts").unwrap_or(0);
+        restarting && !prevented && burst > 0 && restarts.saturating_add(1) >= burst
     }
 
     /// Status and signal, by the codes of waitid: 1 exited, 2 killed, 3 dumped core.

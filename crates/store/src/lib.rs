@@ -241,19 +241,19 @@ impl Store {
     pub fn check_spare(&self, id: &str, root: &str, path: &Path, deadline: Deadline) -> Result<Spare> {
         spare::check(&self.layout, &self.layout.head(id)?, root, path, deadline)
     }
+}
 
-    /// Trims a quarantine whose directories are `<incident>/<root name>` and returns the bytes freed: what came from
-    /// converging roots goes oldest first while the whole is over `limit_bytes`; of other roots only files older
-    /// than `keep_days` whose bytes are all in a trusted snapshot.
-    pub fn trim_quarantine(
-        &self,
-        quarantine: &Path,
-        limit_bytes: u64,
-        keep_days: u32,
-        deadline: Deadline,
-    ) -> Result<u64> {
-        trim::run(&self.layout, quarantine, limit_bytes, keep_days, deadline)
-    }
+/// Trims a quarantine whose directories are `<incident>/<root name>` and returns the bytes freed: what came from
+/// converging roots goes oldest first while the whole is over `limit_bytes`; of other roots only files older than
+/// `keep_days` whose bytes are all in a trusted snapshot of `store`.
+pub fn trim_quarantine(
+    quarantine: &Path,
+    store: &Store,
+    limit_bytes: u64,
+    keep_days: u32,
+    deadline: Deadline,
+) -> Result<u64> {
+    trim::run(&store.layout, quarantine, limit_bytes, keep_days, deadline)
 }
 
 /// A ready tree of a converging root.

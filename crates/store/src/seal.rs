@@ -145,7 +145,6 @@ pub(crate) struct FrameWriter {
     header: [u8; HEADER_BYTES],
     packer: zstd::bulk::Compressor<'static>,
     frames: u64,
-    pub(crate) written: u64,
     pub(crate) buffer: Vec<u8>,
     sealed: Vec<u8>,
 }
@@ -163,7 +162,6 @@ impl FrameWriter {
             header,
             packer,
             frames: 0,
-            written: HEADER_BYTES as u64,
             buffer: Vec::with_capacity(FRAME_TARGET_BYTES * 2),
             sealed: Vec::new(),
             path,
@@ -194,7 +192,6 @@ impl FrameWriter {
         self.sealed.push(flags);
         self.cipher.seal(data, &frame_place(&self.header, self.frames, flags), &mut self.sealed)?;
         self.file.write_all(&self.sealed).context(what)?;
-        self.written += self.sealed.len() as u64;
         self.frames += 1;
         self.buffer.clear();
         Ok(())

@@ -6,7 +6,7 @@ use crate::content::{self, Reader, late};
 use crate::files::{self, Meter};
 use crate::layout::{Head, Layout, RootRef, make_id, number_of};
 use crate::pack::{Finished, Fresh, Objects, PackWriter};
-use crate::seal::{self, FileId};
+use crate::seal;
 use crate::tree::{Entry, EntryKind, TreeReader, TreeWriter, compare_paths};
 use crate::walk::{Filter, Found, Step, Walk};
 use crate::{ClassInfo, Phase, Problem, ProblemKind, Progress, Request, Root, SnapshotInfo, Trust, hex};
@@ -469,10 +469,6 @@ impl Known {
     /// A damaged or missing index knows nothing; everything is then read.
     pub(crate) fn open(layout: &Layout, root: &Root) -> Known {
         Known { index: TreeReader::index(&layout.index_path(&root.name), &layout.key).ok() }
-    }
-
-    pub(crate) fn basis(&self) -> Option<FileId> {
-        self.index.as_ref().map(|i| i.basis)
     }
 
     /// The index's entry for a path, when asked in the walk's order.

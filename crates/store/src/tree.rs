@@ -344,10 +344,6 @@ impl TreeWriter {
         Ok(())
     }
 
-    pub(crate) fn written(&self) -> u64 {
-        self.frames.written
-    }
-
     pub(crate) fn finish(mut self) -> Result<(File, PathBuf)> {
         self.frames.buffer.push(WORD_END);
         put(&mut self.frames.buffer, self.entries);

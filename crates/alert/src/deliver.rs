@@ -225,7 +225,7 @@ fn record(
             delivery.refused.push(Refusal { key, channel: name, why: why.clone(), permanent: true });
         }
     }
-    // A disk that refuses is no loss: the outbox then keeps this state in memory.
+    // A disk that refuses is no loss: the outbox then keeps this state elsewhere.
     let _ = outbox.store(&report.id, entry);
     if outbox.retire(&report.id, entry, channels) {
         entries.remove(&report.id);

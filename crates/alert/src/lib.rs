@@ -17,5 +17,5 @@ pub mod text;
 
 pub use channel::{Channel, Secret, local_channels};
 pub use deliver::{Delivery, Receipt, Refusal, deliver, test};
-pub use outbox::{Outbox, Put};
+pub use outbox::{Kept, Outbox, Put};
 pub use text::{Facts, Kind, Language, Message, Notice, Severity};

@@ -1,5 +1,6 @@
-//! Messages on disk until they are told. What [`Outbox::put`] has answered for survives a kill and a power cut;
-//! where the disk refuses, it survives in this process, because a full disk is one of the things to be told.
+//! Messages on disk until they are told. What [`Outbox::put`] has answered for survives a kill and a power cut.
+//! A full or broken disk is one of the things to be told: where it refuses, a spare directory on another file system
+//! (`/run`) keeps the message for this boot, and where that refuses too, this process does.
 //!
 //! One file per message, replaced whole. A message is known by its key, also after it was told: a restarted agent
 //! that folds its journal and tells the same event again is not heard twice. Between a receiver's answer and our
@@ -50,11 +51,22 @@ pub enum Put {
     Queued {
         /// Keys of the notices that were dropped for it.
         dropped: Vec<String>,
-        /// Why it lives in memory only, when the disk refused it.
-        volatile: Option<Error>,
+        /// What it will survive.
+        kept: Kept,
     },
     /// It is queued or told already.
     Duplicate,
+}
+
+/// What a queued message will survive.
+#[derive(Debug)]
+pub enum Kept {
+    /// A power cut.
+    OnDisk,
+    /// The end of this process, not of this boot: the spare directory has it. Why the disk refused.
+    InSpare(Error),
+    /// Nothing: only this very [`Outbox`] has it. Why the last directory refused. Deliver it with this one.
+    InMemory(Error),
 }
 
 /// How far one message has come on one channel.
@@ -126,6 +138,8 @@ pub(crate) fn backoff_ms(attempts: u32) -> u64 {
 #[derive(Debug)]
 pub struct Outbox {
     dir: PathBuf,
+    /// Where to write what `dir` refuses.
+    spare: Option<PathBuf>,
     /// Newest state of what the disk would not take, by file id.
     volatile: BTreeMap<String, Entry>,
     /// Ids told by this process that the disk would not remember.
@@ -159,6 +173,7 @@ impl Outbox {
         sweep(dir);
         Ok(Outbox {
             dir: dir.to_owned(),
+            spare: None,
             volatile: BTreeMap::new(),
             volatile_told: BTreeSet::new(),
             rest: BTreeMap::new(),
@@ -166,7 +181,20 @@ impl Outbox {
         })
     }
 
-    /// Queues a message, unless its key is queued or told already. Durable when it returns, or says why not.
+    /// The same with a spare directory on another file system. Fails only when neither can be had.
+    pub fn open_with_spare(dir: &Path, spare: &Path) -> Result<Outbox> {
+        match (Outbox::open(dir), Outbox::open(spare)) {
+            (Ok(main), Ok(_)) => Ok(Outbox { spare: Some(spare.to_owned()), ..main }),
+            (Ok(main), Err(_)) => Ok(main),
+            // The disk may come back: it stays the first to be asked.
+            (Err(_), Ok(second)) => {
+                Ok(Outbox { dir: dir.to_owned(), spare: Some(spare.to_owned()), ..second })
+            }
+            (Err(e), Err(_)) => Err(e),
+        }
+    }
+
+    /// Queues a message, unless its key is queued or told already. Durable when it returns, or says what it is.
     ///
     /// Fails only when [`INCIDENT_LIMIT`] incident messages wait already.
     pub fn put(&mut self, message: &Message) -> Result<Put> {
@@ -199,8 +227,8 @@ impl Outbox {
         }
         let seq = queued.values().map(|e| e.seq).max().unwrap_or(0) + 1;
         let entry = Entry { schema: SCHEMA, seq, message: message.clone(), channels: BTreeMap::new() };
-        let volatile = self.store(&id, &entry).err();
-        Ok(Put::Queued { dropped, volatile })
+        let kept = self.store(&id, &entry);
+        Ok(Put::Queued { dropped, kept })
     }
 
     /// How many messages wait.
@@ -217,11 +245,11 @@ impl Outbox {
     /// on the channel yet.
     #[must_use]
     pub fn proven(&self, channel: &Channel) -> Option<String> {
-        self.read_list::<Proven>(PROVEN_FILE).channels.remove(&channel.fingerprint())
+        self.proven_all().channels.remove(&channel.fingerprint())
     }
 
     pub(crate) fn set_proven(&self, channel: &Channel, at: &str) {
-        let mut proven = self.read_list::<Proven>(PROVEN_FILE);
+        let mut proven = self.proven_all();
         let fingerprint = channel.fingerprint();
         if channel.is_local() || proven.channels.contains_key(&fingerprint) {
             return;
@@ -235,46 +263,70 @@ impl Outbox {
         let _ = self.write(PROVEN_FILE, &proven);
     }
 
+    fn proven_all(&self) -> Proven {
+        let mut lists = self.lists::<Proven>(PROVEN_FILE);
+        lists
+            .drain(..)
+            .reduce(|mut all, more| {
+                all.channels.extend(more.channels);
+                all
+            })
+            .unwrap_or_default()
+    }
+
     /// All queued entries by id. Files that cannot be read as entries are put aside.
     pub(crate) fn load(&mut self) -> BTreeMap<String, Entry> {
         let told = self.told_ids();
         let mut out = BTreeMap::new();
-        for name in self.names() {
-            let Some(id) = name.strip_suffix(ENTRY_SUFFIX) else { continue };
-            if self.volatile.contains_key(id) {
-                continue;
-            }
-            if told.contains(id) {
-                // Killed between remembering that it was told and removing it.
-                let _ = std::fs::remove_file(self.dir.join(&name));
-                continue;
-            }
-            match self.read_entry(&name, id) {
-                Ok(entry) => {
-                    out.insert(id.to_owned(), entry);
+        // The spare's state is the newer one: it is written only when the disk refuses, and goes when it takes again.
+        for dir in self.dirs() {
+            for name in names(&dir) {
+                let Some(id) = name.strip_suffix(ENTRY_SUFFIX) else { continue };
+                if self.volatile.contains_key(id) {
+                    continue;
                 }
-                Err(e) if e.kind == ErrorKind::NotFound => {}
-                Err(e) if e.kind == ErrorKind::Corrupt => self.put_aside(&name),
-                // Not readable just now (memory, permission), or a newer koboshi's: it stays for a better time.
-                Err(_) => {}
+                if told.contains(id) {
+                    // Killed between remembering that it was told and removing it.
+                    let _ = std::fs::remove_file(dir.join(&name));
+                    continue;
+                }
+                match read_entry(&dir, &name, id) {
+                    Ok(entry) => {
+                        out.insert(id.to_owned(), entry);
+                    }
+                    Err(e) if e.kind == ErrorKind::NotFound => {}
+                    Err(e) if e.kind == ErrorKind::Corrupt => self.put_aside(&dir, &name),
+                    // Not readable just now (memory, permission), or a newer koboshi's: it stays for a better time.
+                    Err(_) => {}
+                }
             }
         }
         out.extend(self.volatile.iter().map(|(id, e)| (id.clone(), e.clone())));
         out
     }
 
-    /// Keeps the newest state of an entry; in memory when the disk refuses, which is the error.
-    pub(crate) fn store(&mut self, id: &str, entry: &Entry) -> Result<()> {
-        match self.write(&format!("{id}{ENTRY_SUFFIX}"), entry) {
-            Ok(()) => {
-                self.volatile.remove(id);
-                Ok(())
+    /// Keeps the newest state of an entry, as durably as can be had.
+    pub(crate) fn store(&mut self, id: &str, entry: &Entry) -> Kept {
+        let name = format!("{id}{ENTRY_SUFFIX}");
+        let kept = match (write(&self.dir, &name, entry), &self.spare) {
+            (Ok(()), spare) => {
+                if let Some(spare) = spare {
+                    // An older state that stays there means at worst a repetition.
+                    let _ = std::fs::remove_file(spare.join(&name));
+                }
+                Kept::OnDisk
             }
-            Err(e) => {
-                self.volatile.insert(id.to_owned(), entry.clone());
-                Err(e)
-            }
-        }
+            (Err(e), Some(spare)) => match write(spare, &name, entry) {
+                Ok(()) => Kept::InSpare(e),
+                Err(_) => Kept::InMemory(e),
+            },
+            (Err(e), None) => Kept::InMemory(e),
+        };
+        match kept {
+            Kept::OnDisk | Kept::InSpare(_) => self.volatile.remove(id),
+            Kept::InMemory(_) => self.volatile.insert(id.to_owned(), entry.clone()),
+        };
+        kept
     }
 
     /// Remembers an entry as told and removes it, if nothing is left to do for these channels.
@@ -282,12 +334,15 @@ impl Outbox {
         if !entry.is_told(channels) {
             return false;
         }
-        let mut told = self.read_list::<Told>(TOLD_FILE);
-        told.ids.retain(|known| known != id);
+        let mut told = Told { schema: SCHEMA, ids: Vec::new() };
+        for known in self.lists::<Told>(TOLD_FILE).into_iter().flat_map(|list| list.ids) {
+            if known != id && !told.ids.contains(&known) {
+                told.ids.push(known);
+            }
+        }
         told.ids.push(id.to_owned());
         let surplus = told.ids.len().saturating_sub(TOLD_LIMIT);
         told.ids.drain(..surplus);
-        told.schema = SCHEMA;
         if self.write(TOLD_FILE, &told).is_err() {
             self.volatile_told.insert(id.to_owned());
         }
@@ -303,71 +358,84 @@ impl Outbox {
     fn forget(&mut self, id: &str) {
         self.volatile.remove(id);
         // A file that cannot be removed is known as told and never sent again.
-        let _ = std::fs::remove_file(self.dir.join(format!("{id}{ENTRY_SUFFIX}")));
+        for dir in self.dirs() {
+            let _ = std::fs::remove_file(dir.join(format!("{id}{ENTRY_SUFFIX}")));
+        }
     }
 
     fn told_ids(&self) -> BTreeSet<String> {
-        let mut ids: BTreeSet<String> = self.read_list::<Told>(TOLD_FILE).ids.into_iter().collect();
+        let mut ids: BTreeSet<String> =
+            self.lists::<Told>(TOLD_FILE).into_iter().flat_map(|list| list.ids).collect();
         ids.extend(self.volatile_told.iter().cloned());
         ids
     }
 
-    /// File names, sorted; none when the directory is gone (the next write makes it again).
-    fn names(&self) -> Vec<String> {
-        let Ok(dir) = std::fs::read_dir(&self.dir) else { return Vec::new() };
-        let mut names: Vec<String> = dir
-            .filter_map(|e| e.ok()?.file_name().into_string().ok())
-            .filter(|n| !n.starts_with('.'))
-            .take(2 * (NOTICE_LIMIT + INCIDENT_LIMIT))
-            .collect();
-        names.sort();
-        names
+    fn dirs(&self) -> Vec<PathBuf> {
+        std::iter::once(&self.dir).chain(&self.spare).cloned().collect()
     }
 
-    fn read_entry(&self, name: &str, id: &str) -> Result<Entry> {
-        let bytes = files::read_bounded(&self.dir.join(name), ENTRY_LIMIT_BYTES)?;
-        let corrupt =
-            |why: String| Error::new(ErrorKind::Corrupt, format!("reading {name} of the outbox"), why);
-        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
-        if value["schema"].as_u64().is_some_and(|schema| schema > u64::from(SCHEMA)) {
-            let why = "a newer koboshi wrote it";
-            return Err(Error::new(ErrorKind::Usage, format!("reading {name} of the outbox"), why));
-        }
-        let entry: Entry = serde_json::from_value(value).map_err(|e| corrupt(e.to_string()))?;
-        if entry.schema != SCHEMA || id_of(&entry.message.key) != id {
-            return Err(corrupt("it is not what its name says".to_owned()));
-        }
-        Ok(entry)
-    }
-
-    fn put_aside(&mut self, name: &str) {
-        let bad: Vec<String> = self.names().into_iter().filter(|n| n.ends_with(BAD_SUFFIX)).collect();
-        let path = self.dir.join(name);
+    fn put_aside(&mut self, dir: &Path, name: &str) {
+        let bad = names(dir).into_iter().filter(|n| n.ends_with(BAD_SUFFIX)).count();
+        let path = dir.join(name);
         // Failing to move it aside leaves it where it is, to be skipped again.
-        if bad.len() >= BAD_LIMIT {
+        if bad >= BAD_LIMIT {
             let _ = std::fs::remove_file(path);
         } else {
-            let _ = std::fs::rename(&path, self.dir.join(format!("{name}{BAD_SUFFIX}")));
+            let _ = std::fs::rename(&path, dir.join(format!("{name}{BAD_SUFFIX}")));
         }
         self.set_aside.push(name.to_owned());
     }
 
-    /// A list that is missing or damaged is empty: at worst a message is told twice.
-    fn read_list<T: Default + for<'de> Deserialize<'de>>(&self, name: &str) -> T {
-        files::read_bounded(&self.dir.join(name), LIST_LIMIT_BYTES)
-            .ok()
-            .and_then(|b| serde_json::from_slice(&b).ok())
-            .unwrap_or_default()
+    /// A list as each directory has it. One that is missing or damaged is empty: at worst a message is told twice.
+    fn lists<T: Default + for<'de> Deserialize<'de>>(&self, name: &str) -> Vec<T> {
+        let read = |dir: &PathBuf| {
+            serde_json::from_slice(&files::read_bounded(&dir.join(name), LIST_LIMIT_BYTES).ok()?).ok()
+        };
+        self.dirs().iter().map(|dir| read(dir).unwrap_or_default()).collect()
     }
 
     fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
-        let what = || format!("writing {name} of the outbox");
-        let bytes = serde_json::to_vec(value).map_err(|e| Error::new(ErrorKind::System, what(), e))?;
-        if !self.dir.is_dir() {
-            files::make_private_dir(&self.dir)?;
+        match (write(&self.dir, name, value), &self.spare) {
+            (Err(_), Some(spare)) => write(spare, name, value),
+            (result, _) => result,
         }
-        files::write_atomic(&self.dir.join(name), &bytes, 0o600).context(what)
     }
+}
+
+/// File names, sorted; none when the directory is gone (the next write makes it again).
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let mut names: Vec<String> = entries
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter(|n| !n.starts_with('.'))
+        .take(2 * (NOTICE_LIMIT + INCIDENT_LIMIT))
+        .collect();
+    names.sort();
+    names
+}
+
+fn read_entry(dir: &Path, name: &str, id: &str) -> Result<Entry> {
+    let bytes = files::read_bounded(&dir.join(name), ENTRY_LIMIT_BYTES)?;
+    let corrupt = |why: String| Error::new(ErrorKind::Corrupt, format!("reading {name} of the outbox"), why);
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
+    if value["schema"].as_u64().is_some_and(|schema| schema > u64::from(SCHEMA)) {
+        let why = "a newer koboshi wrote it";
+        return Err(Error::new(ErrorKind::Usage, format!("reading {name} of the outbox"), why));
+    }
+    let entry: Entry = serde_json::from_value(value).map_err(|e| corrupt(e.to_string()))?;
+    if entry.schema != SCHEMA || id_of(&entry.message.key) != id {
+        return Err(corrupt("it is not what its name says".to_owned()));
+    }
+    Ok(entry)
+}
+
+fn write<T: Serialize>(dir: &Path, name: &str, value: &T) -> Result<()> {
+    let what = || format!("writing {name} of the outbox");
+    let bytes = serde_json::to_vec(value).map_err(|e| Error::new(ErrorKind::System, what(), e))?;
+    if !dir.is_dir() {
+        files::make_private_dir(dir)?;
+    }
+    files::write_atomic(&dir.join(name), &bytes, 0o600).context(what)
 }
 
 /// Removes what writers killed in the middle have left. Their names carry the writer's pid: the living are spared.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::channel::{LocalFile, Secret, local_channels};
-use crate::outbox::{INCIDENT_LIMIT, NOTICE_LIMIT, Put};
+use crate::outbox::{INCIDENT_LIMIT, Kept, NOTICE_LIMIT, Put};
 use host::tls::{Options, Proxies};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -176,7 +176,7 @@ fn message(kind: Kind, incident: &str) -> Message {
 }
 
 fn queue(outbox: &mut Outbox, kind: Kind, incident: &str) {
-    assert!(matches!(outbox.put(&message(kind, incident)).unwrap(), Put::Queued { volatile: None, .. }));
+    assert!(matches!(outbox.put(&message(kind, incident)).unwrap(), Put::Queued { kept: Kept::OnDisk, .. }));
 }
 
 fn pass_at(outbox: &mut Outbox, channels: &[Channel], now: Moment) -> Delivery {
@@ -427,11 +427,47 @@ fn a_disk_that_refuses_keeps_nothing_from_being_told() {
     std::fs::remove_dir(&path).unwrap();
     std::fs::write(&path, "").unwrap();
     let put = outbox.put(&message(Kind::Emergency, "i1")).unwrap();
-    assert!(matches!(put, Put::Queued { volatile: Some(_), .. }), "{put:?}");
+    assert!(matches!(put, Put::Queued { kept: Kept::InMemory(_), .. }), "{put:?}");
     assert!(matches!(outbox.put(&message(Kind::Emergency, "i1")).unwrap(), Put::Duplicate));
     assert!(pass(&mut outbox, &channels).reached("i1/emergency"));
     assert!(matches!(outbox.put(&message(Kind::Emergency, "i1")).unwrap(), Put::Duplicate));
     assert_eq!((pass(&mut outbox, &channels).queued, server.keys().len()), (0, 1));
+}
+
+#[test]
+fn what_the_disk_refuses_the_spare_directory_keeps_for_another_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::new(Manner::Reset);
+    let channels = [webhook("hook", &server)];
+    let (disk, spare) = (dir.path().join("disk"), dir.path().join("spare"));
+    // A file in the directory's place refuses root too.
+    std::fs::write(&disk, "").unwrap();
+    let open = || Outbox::open_with_spare(&disk, &spare).unwrap();
+    let put = open().put(&message(Kind::Emergency, "i1")).unwrap();
+    assert!(matches!(put, Put::Queued { kept: Kept::InSpare(_), .. }), "{put:?}");
+    assert!(matches!(open().put(&message(Kind::Emergency, "i1")).unwrap(), Put::Duplicate));
+    assert_eq!(pass(&mut open(), &channels).queued, 1);
+    // The disk comes back: the next state goes there, and the spare is empty again.
+    std::fs::remove_file(&disk).unwrap();
+    assert_eq!(pass_at(&mut open(), &channels, much_later()).queued, 1);
+    assert_eq!((files(&disk), files(&spare)), (1, 0));
+    // It goes again, and the message is told: never twice, whatever comes back.
+    let bytes = std::fs::read_dir(&disk).unwrap().map(|e| e.unwrap().path()).next().unwrap();
+    let (name, bytes) = (bytes.file_name().unwrap().to_owned(), std::fs::read(&bytes).unwrap());
+    std::fs::remove_dir_all(&disk).unwrap();
+    std::fs::write(&disk, "").unwrap();
+    std::fs::write(spare.join(&name), &bytes).unwrap();
+    server.turn(Manner::Answer("200 OK", ""));
+    assert!(pass_at(&mut open(), &channels, much_later()).reached("i1/emergency"));
+    std::fs::remove_file(&disk).unwrap();
+    std::fs::create_dir(&disk).unwrap();
+    std::fs::write(disk.join(&name), &bytes).unwrap();
+    assert_eq!(pass_at(&mut open(), &channels, much_later()).queued, 0);
+    assert_eq!(server.keys().len(), 3);
+    // Neither to be had is an error.
+    let nowhere = dir.path().join("file");
+    std::fs::write(&nowhere, "").unwrap();
+    assert!(Outbox::open_with_spare(&nowhere, &nowhere.join("below")).is_err());
 }
 
 #[test]

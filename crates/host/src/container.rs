@@ -27,7 +27,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// The environment variable that marks everything a container starts.
@@ -42,6 +42,8 @@ const NAME_LIMIT: usize = 64;
 const LIST_LIMIT: usize = 100_000;
 /// Nesting of cgroups that a step may have made inside its own.
 const NESTING_LIMIT: usize = 32;
+/// Weak mode: looks in a row that must find nobody, since a process that forks between two of ours may be missed by one.
+const EMPTY_LOOKS: u32 = 3;
 /// A step's record is a few hundred bytes.
 const RECORD_LIMIT_BYTES: u64 = 64 << 10;
 /// What we are called inside a delegated cgroup, once we have moved out of the way of its controllers.
@@ -122,6 +124,8 @@ struct Inner {
     /// Where the weak mode and the sweep keep who was started.
     records: PathBuf,
     place: Place,
+    /// First processes that we started ourselves: their session numbers cannot have become another's meanwhile.
+    ours: Mutex<BTreeSet<ProcessId>>,
 }
 
 #[derive(Debug)]
@@ -181,7 +185,7 @@ impl Containers {
             Ok(place) => place,
             Err(why) => weak_place(why),
         };
-        Ok(Containers(Arc::new(Inner { records, place })))
+        Ok(Containers(Arc::new(Inner { records, place, ours: Mutex::default() })))
     }
 
     /// The same in the weaker way, whatever the host has: for hosts where cgroup v2 misbehaves, and for tests.
@@ -190,7 +194,7 @@ impl Containers {
     /// As for [`Containers::open`].
     pub fn open_weak(name: &str, run_dir: &Path, why: &str) -> Result<Containers> {
         let records = Containers::records(name, run_dir)?;
-        Ok(Containers(Arc::new(Inner { records, place: weak_place(why.into()) })))
+        Ok(Containers(Arc::new(Inner { records, place: weak_place(why.into()), ours: Mutex::default() })))
     }
 
     fn records(name: &str, run_dir: &Path) -> Result<PathBuf> {
@@ -224,6 +228,7 @@ impl Containers {
             record,
             output: spec.output.clone(),
             ended: None,
+            known: BTreeSet::new(),
         })
     }
 
@@ -312,7 +317,7 @@ impl Containers {
                 (Some(fresh_cgroup(&dir, which, spec.limits, *memory, *pids)?), Some(dir))
             }
             Place::Weak { .. } => {
-                refuse_if_weakly_occupied(&record_path, which)?;
+                self.refuse_if_weakly_occupied(&record_path, which)?;
                 (None, None)
             }
         };
@@ -330,6 +335,7 @@ impl Containers {
             }
         };
         record.leader = Some(pidfd.id());
+        self.ours().insert(pidfd.id());
         // The step runs already; without the leader's name a later agent still has the cgroup or the mark.
         let _ = write_record(&record_path, &record);
         Ok((pidfd, record))
@@ -338,10 +344,20 @@ impl Containers {
     fn end(&self, which: Which<'_>, deadline: Deadline) -> Result<Emptied> {
         let record_path = which.record(&self.0.records);
         let record = read_record(&record_path);
-        self.end_known(which, record.as_ref(), deadline)
+        self.end_known(which, record.as_ref(), BTreeSet::new(), deadline)
     }
 
-    fn end_known(&self, which: Which<'_>, record: Option<&Record>, deadline: Deadline) -> Result<Emptied> {
+    fn ours(&self) -> std::sync::MutexGuard<'_, BTreeSet<ProcessId>> {
+        self.0.ours.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_known(
+        &self,
+        which: Which<'_>,
+        record: Option<&Record>,
+        known: BTreeSet<ProcessId>,
+        deadline: Deadline,
+    ) -> Result<Emptied> {
         let began = clock::now();
         // Records of another boot name processes that cannot exist.
         let record = record.filter(|r| r.boot == clock::boot_id());
@@ -358,13 +374,16 @@ impl Containers {
             }
             Place::Weak { .. } => {
                 let killed = match record {
-                    Some(r) => self.end_weakly(r, which, deadline)?,
+                    Some(r) => self.end_weakly(r, known, which, deadline)?,
                     None => 0,
                 };
                 (killed, "session, subreaper and mark")
             }
         };
         remove_record(&which.record(&self.0.records));
+        if let Some(leader) = record.and_then(|r| r.leader) {
+            self.ours().remove(&leader);
+        }
         let took_ms = clock::now().since_ms(began).unwrap_or(0);
         Ok(Emptied { killed, took_ms, how })
     }
@@ -386,19 +405,55 @@ impl Containers {
         }
     }
 
-    fn end_weakly(&self, record: &Record, which: Which<'_>, deadline: Deadline) -> Result<u32> {
-        let mut known: BTreeSet<ProcessId> = record.leader.into_iter().collect();
+    fn end_weakly(
+        &self,
+        record: &Record,
+        mut known: BTreeSet<ProcessId>,
+        which: Which<'_>,
+        deadline: Deadline,
+    ) -> Result<u32> {
         let mut killed = BTreeSet::new();
+        let mut empty_looks = 0;
+        // Its group at once, as long as the leader, alive or a zombie, keeps the number: no fork outruns that.
+        if let Some(leader) = record.leader.filter(|l| l.stat().is_some_and(|s| s.pgrp == l.pid)) {
+            killed.extend(self.weak_members(record, &mut known, which));
+            process::group_kill(leader.pid);
+        }
         loop {
             reap::orphans();
-            let alone = self.others_alive(which) == 0;
-            let found = weak_members(record, &mut known, alone);
+            let found = self.weak_members(record, &mut known, which);
             if found.is_empty() {
-                return Ok(count(killed.len()));
+                empty_looks += 1;
+                if empty_looks >= EMPTY_LOOKS {
+                    return Ok(count(killed.len()));
+                }
+                continue;
             }
+            empty_looks = 0;
+            kill_groups(&found);
             killed.extend(kill_all(&found));
+            killed.extend(found.iter().copied());
             give_time(which, &found, deadline)?;
         }
+    }
+
+    fn weak_members(
+        &self,
+        record: &Record,
+        known: &mut BTreeSet<ProcessId>,
+        which: Which<'_>,
+    ) -> Vec<ProcessId> {
+        let fresh = record.leader.is_some_and(|l| self.ours().contains(&l));
+        let alone = reap::nobody_but(record.leader.map(|l| l.pid)) && self.others_alive(which) == 0;
+        weak_members(record, known, fresh, alone)
+    }
+
+    fn refuse_if_weakly_occupied(&self, record_path: &Path, which: Which<'_>) -> Result<()> {
+        let Some(record) = read_record(record_path).filter(|r| r.boot == clock::boot_id()) else {
+            return Ok(());
+        };
+        let found = self.weak_members(&record, &mut BTreeSet::new(), which);
+        if found.is_empty() { Ok(()) } else { Err(occupied(which)) }
     }
 
     /// Living leaders of other containers of this node.
@@ -423,6 +478,8 @@ pub struct Step {
     record: Record,
     output: Option<OutputFile>,
     ended: Option<Ended>,
+    /// Weak mode: everybody seen to belong to it, so that an orphan of later is known.
+    known: BTreeSet<ProcessId>,
 }
 
 impl Step {
@@ -451,13 +508,18 @@ impl Step {
             // Whether it exited is seen above.
             let _ = self.pidfd.wait(deadline.min(Deadline::after(TRIM_EVERY)));
             self.trim();
+            self.remember();
         }
     }
 
     /// How its first process ended, if it has.
     pub fn look(&mut self) -> Option<Ended> {
         if self.ended.is_none() {
-            self.ended = self.pidfd.reap();
+            // In the weaker way it stays a zombie until `kill`: that keeps the number of its group its own.
+            self.ended = match &self.containers.0.place {
+                Place::Cgroup { .. } => self.pidfd.reap(),
+                Place::Weak { .. } => self.pidfd.peek(),
+            };
         }
         self.ended
     }
@@ -467,12 +529,24 @@ impl Step {
     /// # Errors
     /// As for [`Containers::kill`].
     pub fn kill(&mut self, deadline: Deadline) -> Result<Emptied> {
-        let emptied = self.containers.end_known(Which::Step(&self.name), Some(&self.record), deadline)?;
+        let known = self.known.clone();
+        let emptied =
+            self.containers.end_known(Which::Step(&self.name), Some(&self.record), known, deadline)?;
         // The kernel counts a zombie as gone, so this wait is short.
         let _ = self.pidfd.wait(deadline);
         self.look();
+        let _ = self.pidfd.reap();
         self.trim();
         Ok(emptied)
+    }
+
+    fn remember(&mut self) {
+        match &self.containers.0.place {
+            Place::Cgroup { .. } => {}
+            Place::Weak { .. } => {
+                self.containers.weak_members(&self.record, &mut self.known, Which::Step(&self.name));
+            }
+        }
     }
 
     fn trim(&self) {
@@ -614,59 +688,64 @@ fn weak_place(why: String) -> Place {
     Place::Weak { why }
 }
 
-fn refuse_if_weakly_occupied(record_path: &Path, which: Which<'_>) -> Result<()> {
-    let Some(record) = read_record(record_path).filter(|r| r.boot == clock::boot_id()) else { return Ok(()) };
-    let mut known = record.leader.into_iter().collect();
-    let found = weak_members(&record, &mut known, false);
-    if found.is_empty() { Ok(()) } else { Err(occupied(which)) }
-}
-
 fn occupied(which: Which<'_>) -> Error {
     Error::new(Kind::System, format!("starting {}", which.words()), "its container still holds processes")
         .hint("it is killed before it is started again")
 }
 
+/// Kills whole process groups of which every member is ours: a process that forks faster than we look cannot leave
+/// its group behind in the middle of that.
+fn kill_groups(found: &[ProcessId]) {
+    let table = process::table();
+    let groups: BTreeSet<u32> = found.iter().filter_map(|p| table.get(&p.pid).map(|s| s.pgrp)).collect();
+    for group in groups {
+        let mut members = table.iter().filter(|(_, s)| s.pgrp == group && s.state != 'Z');
+        if members.all(|(pid, s)| found.contains(&ProcessId { pid: *pid, start_ticks: s.start_ticks })) {
+            process::group_kill(group);
+        }
+    }
+}
+
 /// Who belongs to a weak container now. `known` carries members from look to look, so that a child stays a member after
-/// its parent is gone. `alone` = nothing else of ours runs that an unmarked orphan could belong to.
-fn weak_members(record: &Record, known: &mut BTreeSet<ProcessId>, alone: bool) -> Vec<ProcessId> {
+/// its parent is gone. `fresh`: we started it ourselves, so the number of its session cannot have become another's.
+/// `alone`: nothing else of ours runs that an unmarked orphan could belong to.
+fn weak_members(
+    record: &Record,
+    known: &mut BTreeSet<ProcessId>,
+    fresh: bool,
+    alone: bool,
+) -> Vec<ProcessId> {
     let table = process::table();
     let me = std::process::id();
     let id_of = |pid: u32| table.get(&pid).map(|s| ProcessId { pid, start_ticks: s.start_ticks });
+    let there = |p: &ProcessId| id_of(p.pid) == Some(*p);
     let young = |p: &ProcessId| p.pid != me && p.start_ticks >= record.began_ticks;
+    known.extend(record.leader);
     known.extend(marked(record));
-    // A session number stays taken while the session has members, so it names ours while a known process has it.
-    let sessions: BTreeSet<u32> = known
+    // A session's number stays taken while it has members, so it is ours while its first process is, or has just been.
+    let mut sessions: BTreeSet<u32> = known
         .iter()
-        .filter(|p| id_of(p.pid) == Some(**p))
-        .filter_map(|p| table.get(&p.pid).map(|s| s.session))
-        .filter(|s| known.iter().any(|k| k.pid == *s))
+        .filter(|p| there(p) && table.get(&p.pid).is_some_and(|s| s.session == p.pid))
+        .map(|p| p.pid)
         .collect();
-    known.extend(
-        table
-            .iter()
-            .filter(|(_, s)| sessions.contains(&s.session))
-            .filter_map(|(pid, _)| id_of(*pid))
-            .filter(young),
-    );
+    sessions.extend(record.leader.filter(|l| fresh && id_of(l.pid).is_none()).map(|l| l.pid));
+    let in_session = table.iter().filter(|(_, s)| sessions.contains(&s.session));
+    known.extend(in_session.filter_map(|(pid, _)| id_of(*pid)).filter(young));
     if alone {
         // An orphan that came to us since the step began, of no known origin and with no mark of anybody's.
+        let orphans =
+            table.iter().filter(|(pid, s)| s.ppid == me && s.state != 'Z' && !reap::is_known(**pid));
         known.extend(
-            table
-                .iter()
-                .filter(|(pid, s)| s.ppid == me && !reap::is_known(**pid))
+            orphans
                 .filter_map(|(pid, _)| id_of(*pid))
                 .filter(young)
                 .filter(|p| p.environ(MARK_ENV).is_none()),
         );
     }
-    let roots: Vec<u32> = known.iter().filter(|p| id_of(p.pid) == Some(**p)).map(|p| p.pid).collect();
+    let roots: Vec<u32> = known.iter().filter(|p| there(p)).map(|p| p.pid).collect();
     known.extend(process::descendants_in(&table, &roots).into_iter().filter(young));
-    known
-        .iter()
-        .copied()
-        .filter(|p| id_of(p.pid) == Some(*p))
-        .filter(|p| table.get(&p.pid).is_some_and(|s| !matches!(s.state, 'Z' | 'X')))
-        .collect()
+    let running = |p: &ProcessId| table.get(&p.pid).is_some_and(|s| !matches!(s.state, 'Z' | 'X'));
+    known.iter().copied().filter(|p| there(p) && running(p)).collect()
 }
 
 // ---- cgroup v2 ----

@@ -54,10 +54,11 @@ pub fn trim(path: &Path, limit_bytes: u64) -> Result<u64> {
     }
     let cut = len.saturating_sub(limit_bytes / 2);
     let aligned = cut - cut % CUT_ALIGN_BYTES;
-    if aligned > 0 && len - aligned <= limit_bytes {
-        if rustix::fs::fallocate(&file, FallocateFlags::COLLAPSE_RANGE, 0, aligned).is_ok() {
-            return Ok(aligned);
-        }
+    if aligned > 0
+        && len - aligned <= limit_bytes
+        && rustix::fs::fallocate(&file, FallocateFlags::COLLAPSE_RANGE, 0, aligned).is_ok()
+    {
+        return Ok(aligned);
     }
     copy_down(&file, cut, len).context(what)?;
     Ok(cut)
@@ -77,4 +78,51 @@ fn copy_down(file: &File, cut: u64, len: u64) -> std::io::Result<()> {
         to += n as u64;
     }
     file.set_len(to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn the_newest_output_is_kept_and_the_writer_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        assert_eq!(trim(&path, 100).unwrap(), 0, "missing is short enough");
+        let mut writer = open(&path).unwrap();
+        let limit = 512 << 10;
+        for n in 0..100_000 {
+            writeln!(writer, "line {n:08}").unwrap();
+        }
+        let cut = trim(&path, limit).unwrap();
+        assert!(cut > 0);
+        writeln!(writer, "the last").unwrap();
+        let kept = std::fs::read_to_string(&path).unwrap();
+        assert!(kept.len() as u64 <= limit && kept.len() as u64 >= limit / 4, "{}", kept.len());
+        assert!(kept.ends_with("line 00099999\nthe last\n"));
+        assert_eq!(trim(&path, limit).unwrap(), 0);
+    }
+
+    #[test]
+    fn small_limits_are_kept_by_copying() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let mut writer = open(&path).unwrap();
+        writer.write_all(&[b'a'; 1_000]).unwrap();
+        writer.write_all(&[b'z'; 60]).unwrap();
+        assert_eq!(trim(&path, 100).unwrap(), 1_010);
+        writer.write_all(b"!").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [&[b'z'; 50][..], b"!"].concat());
+    }
+
+    #[test]
+    fn a_link_in_its_place_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        std::os::unix::fs::symlink(dir.path().join("victim"), &path).unwrap();
+        assert!(open(&path).is_err());
+        assert!(trim(&path, 1).is_err());
+        assert!(!dir.path().join("victim").exists());
+    }
 }

@@ -269,16 +269,26 @@ impl PidFd {
     /// calls and other people's children give [`Ended::Unknown`].
     #[must_use]
     pub fn reap(&self) -> Option<Ended> {
-        let opts = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = self.look(WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        if ended.is_some() {
+            reap::forget(self.id.pid);
+        }
+        ended
+    }
+
+    /// The same without reaping: a child stays a zombie, and its pid and group number stay its own.
+    #[must_use]
+    pub fn peek(&self) -> Option<Ended> {
+        self.look(WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT)
+    }
+
+    fn look(&self, opts: WaitIdOptions) -> Option<Ended> {
         match rustix::process::waitid(WaitId::PidFd(self.fd.as_fd()), opts) {
-            Ok(Some(status)) => {
-                reap::forget(self.id.pid);
-                Some(match (status.exit_status(), status.terminating_signal()) {
-                    (Some(code), _) => Ended::Exited(code),
-                    (None, Some(signal)) => Ended::Signaled(signal),
-                    (None, None) => Ended::Unknown,
-                })
-            }
+            Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => Ended::Exited(code),
+                (None, Some(signal)) => Ended::Signaled(signal),
+                (None, None) => Ended::Unknown,
+            }),
             Ok(None) => None,
             Err(_) => self.exited().then_some(Ended::Unknown),
         }

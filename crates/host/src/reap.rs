@@ -36,6 +36,11 @@ pub(crate) fn is_known(pid: u32) -> bool {
     children().contains(&pid)
 }
 
+/// Whether we have no running child but this one.
+pub(crate) fn nobody_but(pid: Option<u32>) -> bool {
+    children().iter().all(|c| Some(*c) == pid || process::stat_of(*c).is_none_or(|s| s.state == 'Z'))
+}
+
 /// Reaps every dead child that nobody here waits for; returns their pids. Cheap enough for each SIGCHLD.
 pub fn orphans() -> Vec<u32> {
     let me = std::process::id();

@@ -38,7 +38,8 @@ fn put(path: PathBuf, text: &str) {
 
 /// A live tree and a staged one with every kind of difference between them.
 fn trees() -> Trees {
-    let dir = tempfile::tempdir().unwrap();
+    // In memory where there is such a place: many runs with many syncs.
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
     let (live, stage) = (dir.path().join("live"), dir.path().join("stage"));
     for top in [&live, &stage] {
         put(top.join("same"), "same");

@@ -97,8 +97,8 @@ pub(super) fn dress(file: BorrowedFd<'_>, like: &Stat) -> io::Result<()> {
     rustix::fs::futimens(
         file,
         &Timestamps {
-            last_access: time(like.st_atime, like.st_atime_nsec as u64),
-            last_modification: time(like.st_mtime, like.st_mtime_nsec as u64),
+            last_access: time(like.st_atime, like.st_atime_nsec),
+            last_modification: time(like.st_mtime, like.st_mtime_nsec),
         },
     )?;
     Ok(())

@@ -87,9 +87,9 @@ impl FileDisk {
 
     /// The first free name with this suffix, else the last one.
     fn kept(&self, suffix: &str) -> PathBuf {
-        let all = (1..=KEPT).map(|n| self.with(&format!(".{suffix}-{n}")));
+        let mut all = (1..=KEPT).map(|n| self.with(&format!(".{suffix}-{n}")));
         let free = all.clone().find(|p| p.symlink_metadata().is_err());
-        free.or_else(|| all.last()).unwrap_or_else(|| self.with(suffix))
+        free.or_else(|| all.next_back()).unwrap_or_else(|| self.with(suffix))
     }
 
     fn file(&mut self, slot: Slot) -> io::Result<&File> {

@@ -239,14 +239,16 @@ pub fn check(node: &Node) -> Vec<Finding> {
                 .push(broken(format!("the config {} cannot be read: {}", path.display(), e.why), vec![size]));
         }
         Ok(loaded) => findings.extend(
-            blockers(&loaded.value).into_iter().map(|why| broken(format!("the config {why}"), Vec::new())),
+            blockers(&loaded.value, !matches!(token(node).0, Token::Unknown(_)))
+                .into_iter()
+                .map(|why| broken(format!("the config {why}"), Vec::new())),
         ),
     }
     findings
 }
 
 /// Contents that parse and yet let no gateway start: each was seen to end with exit code 78.
-fn blockers(value: &Value) -> Vec<String> {
+fn blockers(value: &Value, has_token: bool) -> Vec<String> {
     let mut why = Vec::new();
     if !value.is_object() {
         return vec!["holds no object".into()];
@@ -261,11 +263,10 @@ fn blockers(value: &Value) -> Vec<String> {
         why.push("has a gateway.port that is no port".into());
     }
     let bind = value.pointer("/gateway/bind").and_then(Value::as_str).unwrap_or("loopback");
-    let auth = value.pointer("/gateway/auth");
-    let open = auth.and_then(|a| a.get("mode")).and_then(Value::as_str) == Some("none");
-    let bare = auth.is_none() && bind != "loopback" && bind != "auto";
-    if bind != "loopback" && (open || bare) {
-        why.push(format!("binds to {bind} without authentication"));
+    let none = value.pointer("/gateway/auth/mode").and_then(Value::as_str) == Some("none");
+    let bare = value.pointer("/gateway/auth").is_none() && !has_token;
+    if bind == "lan" && (none || bare) {
+        why.push("binds to the network without authentication".into());
     }
     why
 }
@@ -524,3 +525,7 @@ pub(crate) fn parse_env(text: &str) -> BTreeMap<String, String> {
     }
     vars
 }
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

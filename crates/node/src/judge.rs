@@ -374,7 +374,9 @@ impl Judge {
         if answered && matches!(look.startup, Startup::Started { .. }) {
             self.up = Some(process.id);
         }
-        let starting = self.up != Some(process.id) && self.young(look, process);
+        // A start that outlives its limit stays one: it ends by that limit, not as a hang that begins anew.
+        let already = self.timer.is_some_and(|t| t.reason == Reason::Starting);
+        let starting = self.up != Some(process.id) && (already || self.young(look, process));
         if matches!(process.state, 'T' | 't') {
             if process.traced {
                 return bad(Reason::Starting, "a debugger holds it".into(), None);

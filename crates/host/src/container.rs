@@ -298,8 +298,11 @@ impl Containers {
         }
     }
 
-    fn gateway_leader(&self) -> Option<ProcessId> {
-        read_record(&Which::Gateway.record(&self.0.records)).and_then(|r| r.leader).filter(|l| l.alive())
+    /// The first process of the gateway's container, as whoever started it wrote it down; `None` when it is gone.
+    #[must_use]
+    pub fn gateway_leader(&self) -> Option<ProcessId> {
+        let record = read_record(&Which::Gateway.record(&self.0.records))?;
+        record.leader.filter(|l| record.boot == clock::boot_id() && l.alive())
     }
 
     fn start(&self, spec: &Spec, which: Which<'_>) -> Result<(PidFd, Record)> {

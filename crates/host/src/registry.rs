@@ -346,7 +346,7 @@ impl Registry {
             if let Some(auth) = self.auth.header_for(&url) {
                 request = request.header("authorization", auth);
             }
-            let response = request.call().map_err(|e| sort_error(&e, what, &url))?;
+            let response = request.call().map_err(|e| self.sort_error(&e, what, &url))?;
             match response.status().as_u16() {
                 200 | 206 => return Ok(response),
                 301 | 302 | 303 | 307 | 308 => {
@@ -363,6 +363,23 @@ impl Registry {
             }
         }
         Err(Failed::Final(Error::new(Kind::System, what, format!("{} redirects in circles", shown(&url)))))
+    }
+
+    /// Whether the failed exchange is worth another try, and what to say of it.
+    fn sort_error(&self, e: &ureq::Error, what: &str, url: &str) -> Failed {
+        use ureq::Error as E;
+        let mut error = http_error(what, e);
+        let through =
+            self.client.proxy_shown(url).map(|p| format!(" through the proxy {p}")).unwrap_or_default();
+        error.why = format!("{}{through}: {}", shown(url), error.why);
+        if error.hint.is_none() {
+            error = error.hint(
+                "the registry, proxies and authorities are those of npm's rc files and the environment",
+            );
+        }
+        let lasting =
+            matches!(e, E::BadUri(_) | E::InvalidProxyUrl | E::Http(_) | E::Tls(_)) || is_untrusted(e);
+        if lasting { Failed::Final(error) } else { Failed::Again(error) }
     }
 }
 
@@ -465,14 +482,6 @@ impl Drop for Part {
             let _ = std::fs::remove_file(&self.path);
         }
     }
-}
-
-fn sort_error(e: &ureq::Error, what: &str, url: &str) -> Failed {
-    let mut error = http_error(what, e);
-    error.why = format!("{}: {}", shown(url), error.why);
-    use ureq::Error as E;
-    let lasting = matches!(e, E::BadUri(_) | E::InvalidProxyUrl | E::Http(_) | E::Tls(_)) || is_untrusted(e);
-    if lasting { Failed::Final(error) } else { Failed::Again(error) }
 }
 
 fn sort_status(status: u16, what: &str, url: &str) -> Failed {

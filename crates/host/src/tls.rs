@@ -201,6 +201,12 @@ impl Client {
         Ok(config.timeout_global(Some(left(deadline))).proxy(self.proxy(url)?).build())
     }
 
+    /// Host and port of the proxy that this address is reached through, for messages.
+    pub(crate) fn proxy_shown(&self, url: &str) -> Option<String> {
+        let (host, port) = host_port(self.proxies.for_url(url)?)?;
+        Some(format!("{host}:{port}"))
+    }
+
     fn proxy(&self, url: &str) -> Result<Option<ureq::Proxy>> {
         let Some(address) = self.proxies.for_url(url) else { return Ok(None) };
         ureq::Proxy::new(address).map(Some).map_err(|_| {
@@ -297,7 +303,9 @@ fn certificates(pem: &[u8]) -> Vec<Certificate<'static>> {
 pub fn http_error(what: impl Into<String>, e: &ureq::Error) -> Error {
     let slow = matches!(e, ureq::Error::Timeout(_))
         || matches!(e, ureq::Error::Io(io) if io.kind() == std::io::ErrorKind::TimedOut);
-    let error = Error::new(if slow { Kind::TimedOut } else { Kind::System }, what, e);
+    let words = e.to_string();
+    let error =
+        Error::new(if slow { Kind::TimedOut } else { Kind::System }, what, words.trim_start_matches("io: "));
     if is_untrusted(e) {
         return error
             .hint("is a proxy re-signing TLS here? Name its CA in NODE_EXTRA_CA_CERTS or npm's cafile");

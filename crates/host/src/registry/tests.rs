@@ -334,9 +334,11 @@ fn a_tarball_on_the_public_host_is_fetched_from_the_mirror() {
 #[test]
 fn requests_go_through_the_proxy() {
     let proxy = Server::new(|_, _| status(502));
-    let env = format!("http://{}", proxy.addr);
+    let env = format!("http://user:sesame@{}", proxy.addr);
     let through = registry_with("registry=https://registry.invalid/\n", &[("HTTPS_PROXY", env.as_str())]);
-    through.resolve("pkg", "1", within(1_000)).unwrap_err();
+    let e = through.resolve("pkg", "1", within(1_000)).unwrap_err();
+    assert!(e.why.contains(&format!("through the proxy {}", proxy.addr)), "{e}");
+    assert!(!format!("{e:?}").contains("sesame"));
     assert!(proxy.seen()[0].starts_with("CONNECT registry.invalid:443 "), "{}", proxy.seen()[0]);
 }
 

@@ -57,8 +57,8 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Supervises the gateway of `spec`; `adopt` is one that already runs, as its lock names it. One that is gone by
-    /// now is not adopted.
+    /// Supervises the gateway of `spec`; `adopt` is one that already runs, as its lock names it. Without one, a gateway
+    /// that an earlier agent left running in our container is adopted. One that is gone by now is not.
     #[must_use]
     pub fn new(containers: Containers, spec: GatewaySpec, adopt: Option<ProcessId>) -> Embedded {
         let since = clock::now();
@@ -71,8 +71,8 @@ impl Embedded {
             held: false,
             since,
         };
-        if let Some(id) = adopt {
-            embedded.adopt(id);
+        if !adopt.is_some_and(|id| embedded.adopt(id)) {
+            embedded.adopt_left_behind();
         }
         embedded
     }
@@ -90,6 +90,11 @@ impl Embedded {
             }
             Ok(_) | Err(_) => false,
         }
+    }
+
+    /// Whoever started it: while it lives in our container it is the gateway, and there must be no second.
+    fn adopt_left_behind(&mut self) -> bool {
+        self.containers.gateway_leader().is_some_and(|id| self.adopt(id))
     }
 
     /// How the gateway last ended; `None` while it runs or before its first start.
@@ -220,7 +225,7 @@ impl Manager for Embedded {
             return refuse("it is held down; release it first");
         }
         self.notice_end();
-        if self.running.is_some() {
+        if self.running.is_some() || self.adopt_left_behind() {
             return refuse("it already runs");
         }
         // Children that a dead gateway left behind would hold its port and locks.

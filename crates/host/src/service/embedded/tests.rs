@@ -161,6 +161,13 @@ fn a_later_agent_adopts_and_ends_it() {
         assert!(second.pidfd().is_some());
         assert!(matches!(second.stop(GRACE, soon()).unwrap(), Stopped::Clean { .. }));
         assert!(!main.alive());
+        second.start(soon()).unwrap();
+        let main = second.main().unwrap();
+        drop(second);
+        let mut unaware = bench.embedded(POLITE);
+        assert_eq!(unaware.main(), Some(main), "found by the container alone");
+        assert!(unaware.start(soon()).is_err(), "a living gateway is never started over");
+        unaware.stop(GRACE, soon()).unwrap();
         let third = Embedded::new(bench.containers.clone(), bench.spec(POLITE), Some(main));
         assert_eq!(third.main(), None, "the dead are not adopted");
     }

@@ -117,12 +117,13 @@ impl Ledger {
                 .map_err(fail)?;
         connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(fail)?;
         for (table, condition, key, value) in TABLES {
-            let mut statement = match connection.prepare(&format!("SELECT {key}, {value} FROM {table} WHERE {condition}")) {
-                Ok(statement) => statement,
-                // Another version may lack a table; nothing of it can be lost then.
-                Err(e) if e.to_string().contains("no such table") => continue,
-                Err(e) => return Err(fail(e)),
-            };
+            let mut statement =
+                match connection.prepare(&format!("SELECT {key}, {value} FROM {table} WHERE {condition}")) {
+                    Ok(statement) => statement,
+                    // Another version may lack a table; nothing of it can be lost then.
+                    Err(e) if e.to_string().contains("no such table") => continue,
+                    Err(e) => return Err(fail(e)),
+                };
             let rows = statement
                 .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
                 .map_err(fail)?;

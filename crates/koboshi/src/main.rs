@@ -1,2 +1,68 @@
-//! x
-fn main() {}
+//! koboshi keeps an OpenClaw node standing. This is the thin end that speaks with people.
+#![allow(unreachable_pub, reason = "a program has no outside: pub marks what its other modules use")]
+
+mod agent;
+mod cli;
+mod commands;
+mod config;
+mod control;
+mod demo;
+mod patient;
+mod places;
+mod print;
+mod space;
+mod spare;
+mod step;
+
+use clap::Parser;
+use host::{Error, Kind, Result};
+use print::{Exit, Printer};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    let printer = Printer::new(cli.json);
+    let exit = run(cli, printer).unwrap_or_else(|e| {
+        printer.error(&e);
+        match e.kind {
+            Kind::Usage => Exit::Usage,
+            Kind::NotFound | Kind::TimedOut | Kind::Corrupt | Kind::NoSpace | Kind::Denied | Kind::System => {
+                Exit::Failed
+            }
+        }
+    });
+    ExitCode::from(exit.code())
+}
+
+/// A command line that is not understood; under `--json` that too is one object.
+fn usage(e: &clap::Error) -> ExitCode {
+    let help = matches!(
+        e.kind(),
+        clap::error::ErrorKind::DisplayHelp
+            | clap::error::ErrorKind::DisplayVersion
+            | clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    );
+    if !help && std::env::args().any(|a| a == "--json") {
+        let why = e.to_string();
+        let first = why.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        Printer::new(true).error(&Error::new(Kind::Usage, "read the command line", first).hint("koboshi --help"));
+        return ExitCode::from(Exit::Usage.code());
+    }
+    let _ = e.print();
+    ExitCode::from(if help && e.exit_code() == 0 { 0 } else { Exit::Usage.code() })
+}
+
+fn run(cli: cli::Cli, printer: Printer) -> Result<Exit> {
+    match &cli.command {
+        cli::Command::Demo(options) => demo::run(options, printer),
+        cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
+        cli::Command::Guard(options) => {
+            let (config, places) = commands::open(&cli)?;
+            agent::run(config, places, options.watch, printer)
+        }
+        _ => commands::run(&cli, printer),
+    }
+}

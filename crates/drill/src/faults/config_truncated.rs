@@ -6,12 +6,8 @@ use host::{Error, Result};
 use rustix::process::Signal;
 
 /// Put right while the node serves, once nobody has edited it for a minute.
-pub const ALONE: Fault = Fault {
-    name: "config",
-    about: "the config truncated",
-    healed_by: &[Layer::InPlace],
-    inject: halve,
-};
+pub const ALONE: Fault =
+    Fault { name: "config", about: "the config truncated", healed_by: &[Layer::InPlace], inject: halve };
 
 /// The same, and the gateway is killed: it cannot start again with what is there.
 pub const KILLED: Fault = Fault {

@@ -6,8 +6,12 @@ use engine::Layer;
 use host::{Error, Result};
 
 /// `openclaw.sqlite` with its `-wal` and `-shm`.
-pub const FAULT: Fault =
-    Fault { name: "database", about: "the state database deleted", healed_by: &[Layer::Restore], inject: delete };
+pub const FAULT: Fault = Fault {
+    name: "database",
+    about: "the state database deleted",
+    healed_by: &[Layer::Restore],
+    inject: delete,
+};
 
 fn delete(target: &Target<'_>) -> Result<()> {
     let dir = target.node.state_dir.join("state");

@@ -1,0 +1,225 @@
+//! The journal and its fold: what is known, and the one way to know more.
+//!
+//! A record is checked against the state, appended durably, and only then applied. When the journal cannot be written,
+//! the fold goes on in memory and in the run directory for this boot, and the engine is told.
+
+use crate::places::Places;
+use engine::{Event, Moment, Record, State};
+use host::journal::Journal;
+use host::{Error, Kind, Result, files};
+use serde::{Deserialize, Serialize};
+
+/// Records of one incident kept for people; the middle goes first, so that its beginning stays readable.
+const MAX_TOLD: usize = 2_000;
+/// The first records of an incident are never dropped.
+const KEEP_FIRST: usize = 200;
+/// Below this much room the journal is rewritten as one checkpoint.
+const LEAST_ROOM_BYTES: u64 = 256 << 10;
+/// Closed incidents kept as files; the oldest go first.
+const MAX_ARCHIVED: usize = 500;
+
+/// What is kept of a closed incident.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Archived {
+    /// The first good look that the judge then confirmed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_good: Option<Moment>,
+    /// All its records.
+    pub records: Vec<Record>,
+}
+
+/// What became of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// It is durable and applied.
+    Yes,
+    /// It may not follow what was written before: the world moved on; ask the engine again.
+    Refused,
+    /// The journal took no record; nothing was applied. The next ones are kept in memory.
+    JournalLost,
+}
+
+/// The journal and its fold.
+#[derive(Debug)]
+pub struct Book {
+    journal: Option<Journal>,
+    fallback: Option<Journal>,
+    state: State,
+    told: Vec<Record>,
+    places: Places,
+}
+
+impl Book {
+    /// Opens the journal and folds it. What was cut or could not be read is returned for the log.
+    pub fn open(places: &Places) -> Result<(Book, Vec<String>)> {
+        let mut words = Vec::new();
+        let mut book =
+            Book { journal: None, fallback: None, state: State::default(), told: Vec::new(), places: places.clone() };
+        match Journal::open(&places.journal()) {
+            Ok((journal, payloads, opened)) => {
+                if let Some(why) = opened.why {
+                    words.push(format!("the journal's torn tail was cut off: {} bytes, {why}", opened.cut_bytes));
+                }
+                book.journal = Some(journal);
+                book.fold(&payloads, &mut words);
+            }
+            Err(e) => {
+                words.push(format!("{e}; going on in {}", places.journal_fallback().display()));
+                book.lose();
+            }
+        }
+        Ok((book, words))
+    }
+
+    /// Reads the journal without touching it, for people.
+    pub fn read(places: &Places) -> Result<(State, Vec<Record>)> {
+        let (payloads, _) = match Journal::read(&places.journal()) {
+            Ok(read) => read,
+            Err(e) if e.kind == Kind::NotFound => return Ok((State::default(), Vec::new())),
+            Err(e) => return Err(e),
+        };
+        let records: Vec<Record> = payloads.iter().filter_map(|p| serde_json::from_slice(p).ok()).collect();
+        let mut state = State::default();
+        for record in &records {
+            let _ = engine::apply(&mut state, record);
+        }
+        Ok((state, records))
+    }
+
+    fn fold(&mut self, payloads: &[Vec<u8>], words: &mut Vec<String>) {
+        for (index, payload) in payloads.iter().enumerate() {
+            let record: Record = match serde_json::from_slice(payload) {
+                Ok(record) => record,
+                Err(e) => {
+                    words.push(format!("record {index} of the journal is not understood ({e}); it is passed over"));
+                    continue;
+                }
+            };
+            match engine::apply(&mut self.state, &record) {
+                Ok(()) => self.tell(record),
+                Err(illegal) => words.push(format!("record {index} of the journal: {illegal}; it is passed over")),
+            }
+        }
+    }
+
+    /// Everything that is known.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Whether the journal takes records.
+    pub fn journal_ok(&self) -> bool {
+        self.journal.is_some()
+    }
+
+    /// The records of the open (or last) incident.
+    pub fn told(&self) -> &[Record] {
+        &self.told
+    }
+
+    /// Checks, appends durably, applies.
+    pub fn write(&mut self, mut record: Record) -> Written {
+        let mut after = self.state.clone();
+        if engine::apply(&mut after, &record).is_err() {
+            return Written::Refused;
+        }
+        record.wall = Some(host::clock::wall().to_string());
+        let Ok(payload) = serde_json::to_vec(&record) else {
+            return Written::Refused;
+        };
+        if let Some(journal) = &mut self.journal {
+            if journal.append(&payload).is_err() {
+                self.lose();
+                return Written::JournalLost;
+            }
+        } else if let Some(fallback) = &mut self.fallback {
+            // Best effort by definition: memory is what counts while the journal is lost.
+            let _ = fallback.append(&payload);
+        }
+        self.state = after;
+        self.tell(record);
+        Written::Yes
+    }
+
+    /// Tries to get the journal back, and keeps it small.
+    pub fn tidy(&mut self, now: Moment) {
+        match &self.journal {
+            None => {
+                if let Ok((mut journal, _, _)) = Journal::open(&self.places.journal())
+                    && let Ok(checkpoint) = serde_json::to_vec(&self.state.checkpoint(now))
+                    && journal.rewrite(&[checkpoint]).is_ok()
+                {
+                    self.journal = Some(journal);
+                    self.fallback = None;
+                }
+            }
+            Some(journal) if journal.room_left() < LEAST_ROOM_BYTES => {
+                if let (Ok(checkpoint), Some(journal)) =
+                    (serde_json::to_vec(&self.state.checkpoint(now)), &mut self.journal)
+                    && journal.rewrite(&[checkpoint]).is_err()
+                {
+                    self.lose();
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Keeps the incident that was just closed as a file of its own.
+    pub fn archive(&self, id: u64, first_good: Option<Moment>) -> Result<()> {
+        let archived = Archived { first_good, records: self.told.clone() };
+        let text = serde_json::to_vec(&archived)
+            .map_err(|e| Error::new(Kind::System, format!("write incident {id}"), e))?;
+        files::write_atomic(&self.places.incidents().join(format!("{id:08}.json")), &text, 0o600)?;
+        self.forget_old()
+    }
+
+    fn forget_old(&self) -> Result<()> {
+        let mut all = archived_ids(&self.places)?;
+        all.sort_unstable();
+        for id in all.iter().rev().skip(MAX_ARCHIVED) {
+            let _ = std::fs::remove_file(self.places.incidents().join(format!("{id:08}.json")));
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, record: Record) {
+        if matches!(record.event, Event::Opened { .. } | Event::Checkpoint { .. }) {
+            self.told.clear();
+        }
+        if self.told.len() >= MAX_TOLD {
+            self.told.remove(KEEP_FIRST);
+        }
+        self.told.push(record);
+    }
+
+    fn lose(&mut self) {
+        self.journal = None;
+        self.fallback = Journal::open(&self.places.journal_fallback()).ok().map(|(journal, _, _)| journal);
+    }
+}
+
+/// The numbers of the incidents kept as files.
+pub fn archived_ids(places: &Places) -> Result<Vec<u64>> {
+    let dir = places.incidents();
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io(format!("list {}", dir.display()), &e)),
+    };
+    Ok(entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.strip_suffix(".json")?.parse().ok())
+        .collect())
+}
+
+/// One closed incident.
+pub fn archived(places: &Places, id: u64) -> Result<Archived> {
+    /// [`MAX_TOLD`] records of the largest size would be more; real ones are a few hundred bytes each.
+    const MAX_BYTES: u64 = 64 << 20;
+    let path = places.incidents().join(format!("{id:08}.json"));
+    let bytes = files::read_bounded(&path, MAX_BYTES)?;
+    serde_json::from_slice(&bytes).map_err(|e| {
+        Error::new(Kind::Corrupt, format!("read incident {id}"), e).hint(format!("{} is damaged", path.display()))
+    })
+}

@@ -1,0 +1,572 @@
+//! Daily operation: looks at the disk, snapshots, settling, tidying, delivering. One background job at a time, all of
+//! them contained, all of them ended when an incident needs the machine.
+
+use super::runner::Running;
+use super::{Agent, runner};
+use crate::patient;
+use crate::step::{Answer, Work};
+use engine::{Class, FaultKind, Finding, IncidentKind, Moment};
+use host::clock::{self, Deadline};
+use host::pressure::{Resource, some_avg10};
+use layers::{Care, Examination, Need};
+use node::Baseline;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, SystemTime};
+
+/// The sweep's period at best.
+const SWEEP_LEAST_MS: f64 = 30_000.0;
+/// And at worst.
+const SWEEP_MOST_MS: f64 = 900_000.0;
+/// The period is at least this many times the CPU of the last sweep: 0.2 % of one core.
+const SWEEP_CPU_SHARE: f64 = 500.0;
+/// And at least this many times its wall time: 0.5 % of the time in I/O on a slow disk.
+const SWEEP_WALL_SHARE: f64 = 200.0;
+/// Under more pressure than this (PSI some avg10, percent) the sweep waits.
+const PRESSURE_LIMIT_PERCENT: f32 = 20.0;
+/// A state snapshot's period is at least this many times its cost.
+const STATE_COST_SHARE: f64 = 100.0;
+/// A file that somebody still edits is looked at again after this.
+const LOOK_AGAIN_MS: u64 = 10_000;
+/// After a failed job.
+const RETRY_MS: u64 = 60_000;
+/// Messages that no channel took are tried again at the latest after this.
+const DELIVER_MOST_MS: u64 = 900_000;
+
+/// Limits of the jobs.
+const EXAMINE_LIMIT: Duration = Duration::from_secs(120);
+const SNAPSHOT_LIMIT: Duration = Duration::from_secs(900);
+const SETTLE_LIMIT: Duration = Duration::from_secs(120);
+const TIDY_LIMIT: Duration = Duration::from_secs(900);
+const DELIVER_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a background job does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Job {
+    Examine,
+    Snapshot { classes: Vec<Class> },
+    Settle,
+    Tidy,
+}
+
+/// The schedule of daily operation.
+#[derive(Debug)]
+pub struct Daily {
+    job: Option<(Job, Running)>,
+    delivery: Option<Running>,
+    examine_at: Moment,
+    snapshot_at: Option<(Moment, Vec<Class>, String)>,
+    settle_at: Option<Moment>,
+    tidy_at: Option<Moment>,
+    deliver_at: Option<Moment>,
+    state_at: Moment,
+    state_cost_ms: f64,
+    state_seen: Option<u64>,
+    config_seen: Option<u64>,
+    baseline_at: Option<Moment>,
+    stale_told: Option<Moment>,
+    trouble: Option<String>,
+    settled: bool,
+}
+
+impl Daily {
+    pub(super) fn new(now: Moment) -> Daily {
+        Daily {
+            job: None,
+            delivery: None,
+            examine_at: now,
+            snapshot_at: None,
+            settle_at: None,
+            tidy_at: None,
+            deliver_at: Some(now),
+            state_at: now,
+            state_cost_ms: 0.0,
+            state_seen: None,
+            config_seen: None,
+            baseline_at: None,
+            stale_told: None,
+            trouble: None,
+            settled: false,
+        }
+    }
+
+    pub(super) fn settled(&self) -> bool {
+        self.settled && self.job.is_none() && self.snapshot_at.is_none() && self.tidy_at.is_none()
+    }
+
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.clone()
+    }
+
+    /// The node has just begun to serve: the baseline is taken from it.
+    pub(super) fn serving(&mut self, now: Moment) {
+        self.baseline_at = Some(now);
+        self.examine_at = now;
+    }
+
+    pub(super) fn examine_soon(&mut self, now: Moment) {
+        self.examine_at = now;
+    }
+
+    pub(super) fn deliver_soon(&mut self, now: Moment) {
+        self.deliver_at = Some(now);
+    }
+
+    pub(super) fn accept(&mut self, now: Moment) {
+        self.baseline_at = Some(now);
+        self.snapshot_at = Some((now, Vec::new(), "accepted by the owner".into()));
+        self.settled = false;
+    }
+
+    pub(super) fn snapshot_by_hand(&mut self, now: Moment, note: &str) {
+        self.snapshot_at = Some((now, Vec::new(), note.to_owned()));
+        self.settled = false;
+    }
+
+    pub(super) fn due(&self) -> Option<Moment> {
+        let mut due = Vec::new();
+        if self.job.is_none() {
+            due.push(self.examine_at);
+            due.extend(self.snapshot_at.as_ref().map(|(at, _, _)| *at));
+            due.extend(self.settle_at);
+            due.extend(self.tidy_at);
+            due.push(self.state_at);
+        }
+        if self.delivery.is_none() {
+            due.extend(self.deliver_at);
+        }
+        due.extend([&self.job_deadline(), &self.delivery.as_ref().map(|d| d.deadline.moment())].into_iter().flatten());
+        due.into_iter().min_by_key(|m| m.ms)
+    }
+
+    fn job_deadline(&self) -> Option<Moment> {
+        self.job.as_ref().map(|(_, running)| running.deadline.moment())
+    }
+
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let job = self.job.as_ref().map(|(_, running)| running.step.pidfd());
+        let delivery = self.delivery.as_ref().map(|running| running.step.pidfd());
+        job.into_iter().chain(delivery).collect()
+    }
+
+    /// Ends the background job: an incident needs disk and processor now.
+    pub(super) fn make_way(&mut self) {
+        if let Some((job, mut running)) = self.job.take() {
+            let _ = running.kill();
+            let now = clock::now();
+            match job {
+                Job::Examine => self.examine_at = now,
+                Job::Snapshot { classes } => {
+                    self.snapshot_at = Some((now.plus_ms(RETRY_MS), classes, "taken again".into()));
+                }
+                Job::Settle => self.settle_at = Some(now.plus_ms(RETRY_MS)),
+                Job::Tidy => self.tidy_at = Some(now.plus_ms(RETRY_MS)),
+            }
+        }
+    }
+
+    pub(super) fn end(&mut self) {
+        self.make_way();
+        if let Some(mut delivery) = self.delivery.take() {
+            let _ = delivery.kill();
+        }
+    }
+}
+
+fn past(now: Moment, at: Moment) -> bool {
+    now.boot != at.boot || now.ms >= at.ms
+}
+
+impl Agent {
+    /// Takes the answers of jobs that ended, and ends those that took too long.
+    pub(super) fn take_jobs(&mut self) {
+        let now = clock::now();
+        if let Some((_, running)) = &mut self.daily.job
+            && (running.step.look().is_some() || running.deadline.passed())
+            && let Some((job, mut running)) = self.daily.job.take()
+        {
+            let answer = match running.kill() {
+                Ok(_) => running.answer(),
+                Err(e) => {
+                    self.say(&e.to_string());
+                    None
+                }
+            };
+            self.job_done(now, &job, answer);
+        }
+        if let Some(running) = &mut self.daily.delivery
+            && (running.step.look().is_some() || running.deadline.passed())
+            && let Some(mut running) = self.daily.delivery.take()
+        {
+            let _ = running.kill();
+            self.delivered(now, running.answer());
+        }
+    }
+
+    fn job_done(&mut self, now: Moment, job: &Job, answer: Option<Answer>) {
+        match answer {
+            Some(Answer::Examined(exam)) => self.examined(now, *exam),
+            Some(Answer::Taken { id, wall_ms }) => {
+                self.say(&format!("snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"));
+                self.daily.trouble = None;
+                self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s * 1000));
+                self.daily.state_cost_ms = wall_ms;
+                self.state_next(now);
+            }
+            Some(Answer::Settled { id: Some(id), .. }) => {
+                self.say(&format!("snapshot {id} is good: the node served with exactly what it holds"));
+                self.daily.settled = true;
+                self.daily.tidy_at = Some(now);
+                self.daily.examine_at = now;
+            }
+            Some(Answer::Settled { id: None, why }) => {
+                let why = why.unwrap_or_default();
+                self.say(&format!("the newest snapshot is not trusted: {why}"));
+                self.daily.trouble = Some(why);
+                self.daily.snapshot_at = Some((now, Vec::new(), "the candidate no longer matched".into()));
+            }
+            Some(Answer::Tidied { done }) => {
+                for line in done {
+                    self.say(&line);
+                }
+            }
+            Some(Answer::Failed { what, why }) => self.job_failed(now, job, &format!("{what}: {why}")),
+            Some(Answer::Delivered { .. } | Answer::Done(_)) | None => {
+                self.job_failed(now, job, "it ended without an answer");
+            }
+        }
+    }
+
+    fn job_failed(&mut self, now: Moment, job: &Job, why: &str) {
+        let again = now.plus_ms(RETRY_MS);
+        let name = match job {
+            Job::Examine => {
+                self.daily.examine_at = again;
+                "looking at the disk"
+            }
+            Job::Snapshot { classes } => {
+                self.daily.snapshot_at = Some((again, classes.clone(), "tried again".into()));
+                "taking a snapshot"
+            }
+            Job::Settle => {
+                self.daily.settle_at = Some(again);
+                "settling the snapshot"
+            }
+            Job::Tidy => "tidying the store",
+        };
+        self.say(&format!("{name} failed: {why}"));
+        self.daily.trouble = Some(format!("{name}: {why}"));
+    }
+
+    /// What a look at the disk of a serving node leads to.
+    fn examined(&mut self, now: Moment, exam: Examination) {
+        let period = (exam.cpu_ms * SWEEP_CPU_SHARE).max(exam.wall_ms * SWEEP_WALL_SHARE).max(SWEEP_LEAST_MS);
+        self.daily.examine_at = now.plus_ms(period.min(SWEEP_MOST_MS) as u64);
+        let need = exam.need;
+        let findings = exam.findings.clone();
+        self.exam = Some(exam);
+        let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
+        match need {
+            Need::Nothing => {
+                if serving && self.book.state().incident.is_none() {
+                    self.backups(now);
+                }
+            }
+            Need::Later => self.daily.examine_at = now.plus_ms(LOOK_AGAIN_MS),
+            Need::InPlace | Need::Interruption => {
+                let kind = if need == Need::InPlace { IncidentKind::Latent } else { IncidentKind::Damage };
+                if serving {
+                    self.damaged(kind, findings);
+                }
+            }
+        }
+    }
+
+    fn damaged(&mut self, kind: IncidentKind, findings: Vec<Finding>) {
+        let wanted: Vec<Finding> =
+            findings.into_iter().filter(|f| !matches!(f.kind, FaultKind::Notice | FaultKind::BackupStale)).collect();
+        let cause = wanted.iter().map(|f| f.what.clone()).collect::<Vec<_>>().join("; ");
+        if self.hands_off().is_some() {
+            if !self.told_left_alone {
+                self.told_left_alone = true;
+                self.open(kind, cause, wanted);
+            }
+            return;
+        }
+        match kind {
+            IncidentKind::Latent => self.open(kind, cause, wanted),
+            IncidentKind::Damage | IncidentKind::Outage => self.open_or_escalate_with(kind, cause, wanted),
+        }
+    }
+
+    /// Decides what of the backups of daily operation is due. Called when node and disk are well.
+    fn backups(&mut self, now: Moment) {
+        self.stale(now);
+        let Some(exam) = &self.exam else {
+            return;
+        };
+        if self.daily.snapshot_at.is_some() || self.daily.settle_at.is_some() {
+            return;
+        }
+        let config_now = stamp(&[self.node.config_path.clone()]);
+        let state_now = stamp(&self.state_files());
+        if exam.snapshot.is_none() {
+            self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));
+        } else if exam.version.is_some() && exam.version != self.node.package_version() {
+            self.daily.snapshot_at = Some((now, Vec::new(), "a new version serves".into()));
+        } else if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
+            self.daily.snapshot_at = Some((now, vec![Class::Config], "the config was changed".into()));
+        } else if self.state_due(now, state_now) {
+            let classes =
+                vec![Class::Config, Class::Credentials, Class::State, Class::Sessions, Class::Workspace];
+            self.daily.snapshot_at = Some((now, classes, "daily operation".into()));
+        } else {
+            self.daily.settled = true;
+        }
+        self.daily.config_seen = Some(config_now);
+        if self.daily.snapshot_at.is_some() {
+            self.daily.state_seen = Some(state_now);
+            self.daily.settled = false;
+        }
+    }
+
+    fn state_due(&self, now: Moment, state_now: u64) -> bool {
+        past(now, self.daily.state_at) && self.daily.state_seen.is_some_and(|seen| seen != state_now)
+    }
+
+    /// When state may be taken again: at least a hundred times its last cost later.
+    fn state_next(&mut self, now: Moment) {
+        let backup = &self.config.backup;
+        let by_cost = (self.daily.state_cost_ms * STATE_COST_SHARE) as u64;
+        let wait_ms =
+            by_cost.clamp(backup.state_every_least_s * 1000, backup.state_every_most_s.saturating_mul(1000));
+        self.daily.state_at = now.plus_ms(wait_ms);
+        self.daily.state_seen = Some(stamp(&self.state_files()));
+    }
+
+    fn state_files(&self) -> Vec<std::path::PathBuf> {
+        let mut files = vec![self.node.state_db(), self.node.state_db().with_extension("sqlite-wal")];
+        for (_, db) in self.node.agent_dbs() {
+            files.push(db.with_extension("sqlite-wal"));
+            files.push(db);
+        }
+        for dir in ["workspace", "credentials"] {
+            files.push(self.node.state_dir.join(dir));
+        }
+        files
+    }
+
+    /// No good snapshot for too long is told, once a day.
+    fn stale(&mut self, now: Moment) {
+        let limit_s = self.config.backup.stale_after_s;
+        let Some(exam) = &self.exam else {
+            return;
+        };
+        let oldest = exam.ages_s.iter().max_by_key(|(_, age)| **age);
+        let Some((class, age)) = oldest.filter(|(_, age)| **age > limit_s) else {
+            self.daily.stale_told = None;
+            return;
+        };
+        let told = self.daily.stale_told.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < limit_s * 1000);
+        if !told {
+            self.daily.stale_told = Some(now);
+            let why = format!("the newest good copy of the {class} is {} hours old", age / 3600);
+            self.notice(alert::Notice::BackupStale, &why);
+        }
+        if self.daily.snapshot_at.is_none() {
+            // Unchanged classes are carried over for nothing; a look proves that they are unchanged.
+            self.daily.snapshot_at = Some((now, Vec::new(), "the last good one is old".into()));
+        }
+    }
+
+    /// Spawns what is due.
+    pub(super) fn due_jobs(&mut self) {
+        let now = clock::now();
+        self.take_baseline(now);
+        if self.daily.delivery.is_none() && self.daily.deliver_at.is_some_and(|at| past(now, at)) {
+            self.daily.deliver_at = None;
+            let deadline = Deadline::after(DELIVER_LIMIT);
+            match self.runner.spawn("job-deliver", Work::Deliver, &self.node, None, false, deadline) {
+                Ok(running) => self.daily.delivery = Some(running),
+                Err(e) => {
+                    self.say(&e.to_string());
+                    self.daily.deliver_at = Some(now.plus_ms(RETRY_MS));
+                }
+            }
+        }
+        // During a climb the machine belongs to the ladder.
+        if self.daily.job.is_some() || self.book.state().climb().is_some() {
+            return;
+        }
+        let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving() && j.confirmed);
+        let (job, work, limit) = if let Some((at, classes, note)) =
+            self.daily.snapshot_at.clone().filter(|(at, _, _)| serving && past(now, *at))
+        {
+            let _ = at;
+            self.daily.snapshot_at = None;
+            (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
+        } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at)) && self.served_for_settling(now) {
+            self.daily.settle_at = None;
+            (Job::Settle, Work::Settle, SETTLE_LIMIT)
+        } else if self.daily.tidy_at.is_some_and(|at| past(now, at)) {
+            self.daily.tidy_at = None;
+            (Job::Tidy, Work::Tidy, TIDY_LIMIT)
+        } else if past(now, self.daily.examine_at) && !self.pressed() {
+            self.daily.examine_at = now.plus_ms(SWEEP_MOST_MS as u64);
+            (Job::Examine, Work::Examine { care: Care::Quick }, EXAMINE_LIMIT)
+        } else if past(now, self.daily.state_at) {
+            self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s * 1000);
+            self.daily.examine_at = now;
+            return;
+        } else {
+            return;
+        };
+        let name = match job {
+            Job::Examine => "job-examine",
+            Job::Snapshot { .. } => "job-snapshot",
+            Job::Settle => "job-settle",
+            Job::Tidy => "job-tidy",
+        };
+        let baseline = self.judge.baseline().clone();
+        match self.runner.spawn(name, work, &self.node, Some(&baseline), true, Deadline::after(limit)) {
+            Ok(running) => self.daily.job = Some((job, running)),
+            Err(e) => self.job_failed(now, &job, &e.to_string()),
+        }
+    }
+
+    /// Whether the gateway that serves now has done so for the settling time.
+    fn served_for_settling(&self, now: Moment) -> bool {
+        self.serving_since
+            .and_then(|since| now.since_ms(since))
+            .is_some_and(|ms| ms >= self.config.backup.settle_s * 1000)
+    }
+
+    fn pressed(&self) -> bool {
+        let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
+        over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
+    }
+
+    /// The baseline of a node that was just confirmed to serve, unless something about it is off: then the old one
+    /// stands, because it is what the node is measured by.
+    fn take_baseline(&mut self, now: Moment) {
+        /// Reading the identity takes milliseconds.
+        const LIMIT: Duration = Duration::from_secs(3);
+        if !self.daily.baseline_at.is_some_and(|at| past(now, at)) {
+            return;
+        }
+        self.daily.baseline_at = None;
+        if self.book.state().incident.is_some() {
+            return;
+        }
+        match Baseline::take(&self.node, Vec::new(), now, Deadline::after(LIMIT)) {
+            Ok(baseline) => {
+                let version = baseline.version.clone();
+                if let Err(e) = patient::set_baseline(&self.places, &baseline) {
+                    self.say(&e.to_string());
+                }
+                self.judge.set_baseline(baseline);
+                if version.is_some() && version != self.node.version {
+                    self.node.version = version;
+                    let _ = patient::remember(&self.places, &self.node);
+                }
+            }
+            Err(e) => {
+                self.say(&format!("no baseline yet: {e}"));
+                self.daily.baseline_at = Some(now.plus_ms(RETRY_MS));
+            }
+        }
+    }
+
+    fn delivered(&mut self, now: Moment, answer: Option<Answer>) {
+        match answer {
+            Some(Answer::Delivered { accepted, waiting, again_ms }) => {
+                self.accepted(&accepted);
+                if waiting > 0 {
+                    let wait_ms = again_ms.unwrap_or(DELIVER_MOST_MS).min(DELIVER_MOST_MS);
+                    self.daily.deliver_at = Some(now.plus_ms(wait_ms.max(1_000)));
+                }
+            }
+            Some(Answer::Failed { what, why }) => {
+                self.say(&format!("{what}: {why}"));
+                self.daily.deliver_at = Some(now.plus_ms(RETRY_MS));
+            }
+            Some(
+                Answer::Examined(_)
+                | Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Tidied { .. }
+                | Answer::Done(_),
+            )
+            | None => self.daily.deliver_at = Some(now.plus_ms(RETRY_MS)),
+        }
+    }
+
+    /// A look at the disk right now, in its own container, for a decision that waits for it.
+    pub(super) fn examine_now(&mut self, care: Care) -> Option<Examination> {
+        /// Even a thorough look at a warm program takes a second; a stuck disk is not waited for.
+        const LIMIT: Duration = Duration::from_secs(10);
+        self.daily.make_way();
+        let baseline = self.judge.baseline().clone();
+        match self.runner.run("job-examine", Work::Examine { care }, &self.node, Some(&baseline), LIMIT) {
+            Ok(Answer::Examined(exam)) => {
+                self.exam = Some((*exam).clone());
+                Some(*exam)
+            }
+            Ok(Answer::Failed { what, why }) => {
+                self.say(&format!("{what}: {why}"));
+                None
+            }
+            Ok(
+                Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Tidied { .. }
+                | Answer::Delivered { .. }
+                | Answer::Done(_),
+            ) => None,
+            Err(e) => {
+                self.say(&e.to_string());
+                None
+            }
+        }
+    }
+
+    /// A notice outside the course of an incident: into the outbox, at most one of a kind per day.
+    pub(super) fn notice(&mut self, kind: alert::Notice, why: &str) {
+        let day = clock::wall().strftime("%Y-%m-%d").to_string();
+        let mut facts = self.facts(format!("{}-{day}", kind.name()));
+        facts.why = why.to_owned();
+        let message = alert::Message::new(alert::Kind::Notice(kind), &facts, alert::Language::default());
+        self.say(&format!("notice: {}", message.title));
+        if let Err(e) = alert::Outbox::open(&self.places.outbox()).and_then(|mut o| o.put(&message)) {
+            self.say(&e.to_string());
+        }
+        self.daily.deliver_soon(clock::now());
+    }
+
+    pub(super) fn facts(&self, incident: String) -> alert::Facts {
+        alert::Facts {
+            node: self.node.name.clone(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            incident,
+            at: format!("{:.0}", clock::wall()),
+            ..alert::Facts::default()
+        }
+    }
+
+    pub(super) fn kill_limit() -> Duration {
+        runner::KILL_LIMIT
+    }
+}
+
+/// Something that changes whenever one of these files does. Times and sizes are enough: this only decides whether a
+/// snapshot is worth taking.
+fn stamp(paths: &[std::path::PathBuf]) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hash = DefaultHasher::new();
+    for path in paths {
+        match std::fs::metadata(path) {
+            Ok(m) => (m.len(), m.modified().unwrap_or(SystemTime::UNIX_EPOCH)).hash(&mut hash),
+            Err(_) => 0_u8.hash(&mut hash),
+        }
+    }
+    hash.finish()
+}

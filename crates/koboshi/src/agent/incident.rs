@@ -1,0 +1,598 @@
+//! An incident's way: the engine says what to do, this does it and writes down what came of it.
+
+use super::book::Written;
+use super::{Agent, MANAGER_LIMIT};
+use crate::step::{Answer, Work};
+use engine::{
+    Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder, Layer,
+    Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
+};
+use host::clock::{self, Deadline};
+use host::container::Ended;
+use layers::{Care, Examination, Need};
+use node::{Judgement, gates};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+/// Actions taken in one turn of the loop before descriptors are looked at again: a mistake must not spin.
+const MAX_ACTIONS: usize = 64;
+/// While the judge looks, the engine is asked again this often: what a start does changes the budget.
+const ASK_AGAIN_MS: u64 = 1_000;
+/// What the loop waits for on the engine's behalf.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Doing {
+    /// Nothing: ask the engine.
+    Nothing,
+    /// The held step's end.
+    Wait {
+        /// Which.
+        step: StepId,
+        /// Whose.
+        layer: Layer,
+        /// When it is killed.
+        until: Moment,
+    },
+    /// The judge's word.
+    Judge {
+        /// When to ask the engine again.
+        until: Moment,
+    },
+    /// Something to happen.
+    Idle {
+        /// When to ask the engine again.
+        until: Option<Moment>,
+    },
+}
+
+impl Doing {
+    /// When the loop must wake for this.
+    pub(super) fn until(&self, now: Moment) -> Option<Moment> {
+        match self {
+            Doing::Nothing => None,
+            Doing::Wait { until, .. } => Some(*until),
+            Doing::Judge { until } => Some(if until.ms < now.ms + ASK_AGAIN_MS { *until } else { now.plus_ms(ASK_AGAIN_MS) }),
+            Doing::Idle { until } => *until,
+        }
+    }
+
+    /// Whether the judge is asked for a word.
+    pub(super) fn judging(&self) -> bool {
+        match self {
+            Doing::Judge { .. } => true,
+            Doing::Nothing | Doing::Wait { .. } | Doing::Idle { .. } => false,
+        }
+    }
+
+    /// For people.
+    pub(super) fn words(&self) -> String {
+        match self {
+            Doing::Nothing => "deciding".to_owned(),
+            Doing::Wait { layer, .. } => format!("{layer} at work"),
+            Doing::Judge { .. } => "judging".to_owned(),
+            Doing::Idle { .. } => "waiting".to_owned(),
+        }
+    }
+}
+
+impl Agent {
+    // ---- opening ----
+
+    /// Opens an incident, unless one is open.
+    pub(super) fn open(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
+        let now = clock::now();
+        let Some(record) = self.book.state().open(now, kind, cause, findings) else {
+            return;
+        };
+        self.first_good = None;
+        self.write(record);
+        self.doing = Doing::Nothing;
+        if self.hands_off().is_none() {
+            self.evidence_for_climb(kind);
+        }
+    }
+
+    /// The look at the disk that the choice of a layer needs. The record of the opening is durable by now.
+    fn evidence_for_climb(&mut self, kind: IncidentKind) {
+        self.daily.make_way();
+        if kind == IncidentKind::Latent {
+            return;
+        }
+        if let Some(exam) = self.examine_now(Care::Down) {
+            self.noticed(exam.findings);
+        }
+    }
+
+    fn noticed(&mut self, findings: Vec<Finding>) {
+        let known = self.book.state().incident.as_ref().map(|i| i.findings.clone()).unwrap_or_default();
+        let new: Vec<Finding> = findings.into_iter().filter(|f| !known.contains(f)).collect();
+        if !new.is_empty() {
+            self.write(Record::new(clock::now(), Event::Noticed { findings: new }));
+        }
+    }
+
+    /// Opens, or makes an open latent incident one that is climbed.
+    pub(super) fn open_or_escalate(&mut self, kind: IncidentKind, cause: String) {
+        self.open_or_escalate_with(kind, cause, Vec::new());
+    }
+
+    /// The same with findings.
+    pub(super) fn open_or_escalate_with(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
+        if self.book.state().incident.is_none() {
+            self.open(kind, cause, findings);
+        } else if let Some(record) = self.book.state().escalate(clock::now(), kind, cause, findings) {
+            self.write(record);
+            self.doing = Doing::Nothing;
+            self.evidence_for_climb(kind);
+        }
+    }
+
+    /// The node fell while only latent damage was being repaired.
+    pub(super) fn escalate(&mut self, judgement: &Judgement) {
+        if let Verdict::NotServing { why } = &judgement.verdict
+            && let Some(record) =
+                self.book.state().escalate(clock::now(), IncidentKind::Outage, why.clone(), judgement.findings.clone())
+        {
+            self.write(record);
+            self.doing = Doing::Nothing;
+            self.evidence_for_climb(IncidentKind::Outage);
+        }
+    }
+
+    // ---- the judge's word ----
+
+    /// Writes the judge's word when it says more than the last one written.
+    pub(super) fn record_word(&mut self, judgement: &Judgement) {
+        let Some(incident) = &self.book.state().incident else {
+            return;
+        };
+        let confirmed = match &judgement.verdict {
+            Verdict::Serving { .. } => judgement.confirmed,
+            Verdict::NotServing { .. } => true,
+            Verdict::Inconclusive { .. } => false,
+        };
+        let clean = match incident.kind {
+            IncidentKind::Outage => true,
+            IncidentKind::Damage | IncidentKind::Latent => {
+                self.exam.as_ref().is_some_and(|e| matches!(e.need, Need::Nothing | Need::Later))
+            }
+        };
+        let said = incident.word.as_ref().is_some_and(|word| {
+            std::mem::discriminant(&word.verdict) == std::mem::discriminant(&judgement.verdict)
+                && word.confirmed == confirmed
+                && word.clean == clean
+                && degraded(&word.verdict) == degraded(&judgement.verdict)
+        });
+        if !said {
+            let verdict = judgement.verdict.clone();
+            self.write(Record::new(clock::now(), Event::Judged { verdict, confirmed, clean }));
+            self.doing = Doing::Nothing;
+        }
+    }
+
+    // ---- doing what the engine says ----
+
+    /// Asks and acts until there is something to wait for.
+    pub(super) fn drive(&mut self) {
+        for _ in 0..MAX_ACTIONS {
+            let now = clock::now();
+            if self.waits(now) {
+                return;
+            }
+            self.book.tidy(now);
+            let ladder = self.ladder(now);
+            let action = engine::next(self.book.state(), &ladder, now);
+            if !self.act(action) {
+                return;
+            }
+        }
+    }
+
+    /// Whether there is still something to wait for; writes what a wait came to.
+    fn waits(&mut self, now: Moment) -> bool {
+        match self.doing.clone() {
+            Doing::Nothing => false,
+            Doing::Wait { step, until, .. } => {
+                let how = match self.step.as_mut().map(|running| running.step.look()) {
+                    Some(Some(Ended::Exited(code))) => How::Exited { code },
+                    Some(Some(Ended::Signaled(signal))) => How::Signaled { signal },
+                    Some(Some(Ended::TimedOut)) => How::TimedOut,
+                    Some(Some(Ended::Unknown)) | None => How::Vanished,
+                    Some(None) if now.ms >= until.ms => How::TimedOut,
+                    // Paused while it works: the engine ends it.
+                    Some(None) if self.hands_off().is_some() => How::Stopped,
+                    Some(None) => return true,
+                };
+                self.write(Record::new(now, Event::Ended { step, how }));
+                self.doing = Doing::Nothing;
+                false
+            }
+            // Every turn of the loop is a reason to ask again: a look came in, or a second has passed.
+            Doing::Judge { .. } => {
+                self.doing = Doing::Nothing;
+                false
+            }
+            Doing::Idle { until } => {
+                let over = until.is_some_and(|until| now.ms >= until.ms);
+                let changed = self.book.state().incident.is_some();
+                if over || changed {
+                    self.doing = Doing::Nothing;
+                    return false;
+                }
+                true
+            }
+        }
+    }
+
+    /// Does one action. `false` when the loop has to wait now.
+    fn act(&mut self, action: Action) -> bool {
+        match action {
+            Action::Note { record } => self.note(record),
+            Action::Spawn { intent, step, layer, attempt, wider, deadline } => {
+                let _ = attempt;
+                if self.write(intent) {
+                    self.spawn(step, layer, wider, deadline);
+                }
+                true
+            }
+            Action::Wait { step, layer, until } => {
+                self.doing = Doing::Wait { step, layer, until };
+                false
+            }
+            Action::Kill { step, layer } => {
+                self.kill(step, layer);
+                true
+            }
+            Action::Start { intent, start, .. } => {
+                if self.write(intent) {
+                    let at = clock::now();
+                    let error = self.service.manager().start(Deadline::after(MANAGER_LIMIT)).err();
+                    self.started(at);
+                    let error = error.map(|e| format!("{}: {}", e.what, e.why));
+                    self.write(Record::new(clock::now(), Event::Started { start, error }));
+                }
+                true
+            }
+            Action::Judge { until, .. } => {
+                self.doing = Doing::Judge { until };
+                false
+            }
+            Action::Alert { intent, key } => {
+                if self.write(intent) {
+                    self.alert(key);
+                }
+                true
+            }
+            Action::Idle { until } => {
+                self.doing = Doing::Idle { until };
+                false
+            }
+        }
+    }
+
+    fn note(&mut self, record: Record) -> bool {
+        if let Event::Failed { layer, .. } = &record.event {
+            self.why_it_failed(*layer);
+        }
+        self.write(record)
+    }
+
+    /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
+    pub(super) fn write(&mut self, record: Record) -> bool {
+        let line = engine::summary::line(&record.event);
+        let before = self.book.state().closed.as_ref().map(|c| c.id);
+        match self.book.write(record) {
+            Written::Yes => {
+                if let (Some(line), Some(id)) = (line, self.number()) {
+                    self.say(&format!("incident {id}: {line}"));
+                }
+                let closed = self.book.state().closed.as_ref().map(|c| c.id);
+                if closed != before
+                    && let Some(id) = closed
+                {
+                    self.closed(id);
+                }
+                true
+            }
+            Written::Refused => false,
+            Written::JournalLost => {
+                self.say("the journal cannot be written; going on in memory for this boot");
+                false
+            }
+        }
+    }
+
+    fn number(&self) -> Option<u64> {
+        let state = self.book.state();
+        state.incident.as_ref().map(|i| i.id).or_else(|| state.closed.as_ref().map(|c| c.id))
+    }
+
+    fn closed(&mut self, id: u64) {
+        if let Err(e) = self.book.archive(id, self.first_good) {
+            self.say(&e.to_string());
+        }
+        let now = clock::now();
+        self.daily.examine_soon(now);
+    }
+
+    fn spawn(&mut self, step: StepId, layer: Layer, wider: bool, deadline: Moment) {
+        let incident = self.book.state().incident.clone();
+        let (id, findings) = incident.map_or((0, Vec::new()), |i| (i.id, i.findings));
+        let findings = self.current_findings(findings);
+        let hung = self.hung();
+        let work = match layer {
+            Layer::Restart => Work::Restart { hung },
+            Layer::Restore => Work::Restore { findings, hung, wider, incident: id },
+            Layer::InPlace => Work::InPlace { findings, incident: id },
+            Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
+                let why = format!("{layer} has no work in this version");
+                self.write(Record::new(clock::now(), Event::Ended { step, how: How::SpawnFailed { why } }));
+                return;
+            }
+        };
+        let baseline = self.judge.baseline().clone();
+        let name = format!("step-{step}");
+        match self.runner.spawn(&name, work, &self.node, Some(&baseline), false, Deadline::at(deadline)) {
+            Ok(running) => self.step = Some(running),
+            Err(e) => {
+                let how = How::SpawnFailed { why: e.to_string() };
+                self.write(Record::new(clock::now(), Event::Ended { step, how }));
+            }
+        }
+    }
+
+    /// What is on the disk now decides the scope; what the incident began with only where nothing newer is known.
+    fn current_findings(&self, noticed: Vec<Finding>) -> Vec<Finding> {
+        self.exam.as_ref().map_or(noticed, |exam| exam.findings.clone())
+    }
+
+    fn kill(&mut self, step: StepId, layer: Layer) {
+        let name = format!("step-{step}");
+        let held = self.step.take().filter(|running| running.name == name);
+        let killed = match held {
+            Some(mut running) => {
+                let killed = running.kill();
+                if killed.is_ok() {
+                    self.tell_report(layer, running.answer());
+                }
+                killed
+            }
+            // A step of an agent that died: known by its name.
+            None => self.runner.containers.kill(&name, Deadline::after(Agent::kill_limit())),
+        };
+        let event = match killed {
+            Ok(emptied) => Event::Emptied { step, killed: emptied.killed, claim: self.claim(layer) },
+            Err(e) => Event::KillFailed { step, why: e.to_string() },
+        };
+        self.looks_from = clock::now();
+        self.next_look = self.looks_from;
+        self.write(Record::new(clock::now(), event));
+    }
+
+    fn tell_report(&self, layer: Layer, answer: Option<Answer>) {
+        match answer {
+            Some(Answer::Done(report)) => {
+                for line in report.done.iter().chain(&report.undone) {
+                    self.say(&format!("  {layer}: {line}"));
+                }
+            }
+            Some(Answer::Failed { what, why }) => self.say(&format!("  {layer}: {what}: {why}")),
+            Some(
+                Answer::Examined(_)
+                | Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Tidied { .. }
+                | Answer::Delivered { .. },
+            )
+            | None => {}
+        }
+    }
+
+    /// What the disk says after a step, whatever the step said.
+    fn claim(&mut self, layer: Layer) -> Claim {
+        let nothing = |why: String| Claim::Nothing { why };
+        if layer != Layer::InPlace {
+            self.follow_gateway();
+            if let Some(still) = self.node.gateway() {
+                return nothing(format!("the old gateway (process {}) is still there", still.pid));
+            }
+        }
+        let care = if layer == Layer::InPlace { Care::Quick } else { Care::Down };
+        let Some(exam) = self.examine_now(care) else {
+            return nothing("the disk could not be looked at in time".to_owned());
+        };
+        self.noticed(exam.findings.clone());
+        match (layer, exam.need) {
+            (_, Need::Nothing) | (Layer::InPlace, Need::Later) => Claim::Ready { inputs: exam.inputs },
+            // A config that is being edited keeps nothing from starting that was clean otherwise.
+            (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
+            (_, Need::Later | Need::InPlace | Need::Interruption) => {
+                let still = exam.findings.iter().map(|f| f.what.as_str()).collect::<Vec<_>>().join("; ");
+                nothing(format!("the disk is not whole: {still}"))
+            }
+        }
+    }
+
+    /// A start that failed is a reason to look again, at every byte: what it said and what a stat sweep cannot see.
+    fn why_it_failed(&mut self, layer: Layer) {
+        let started = self.book.state().climb().and_then(|c| c.turn.as_ref()).is_some_and(|t| t.starts > 0);
+        if layer == Layer::InPlace || !started {
+            return;
+        }
+        if let Some(exam) = self.examine_now(Care::Thorough) {
+            self.noticed(exam.findings);
+        }
+    }
+
+    // ---- messages ----
+
+    fn alert(&mut self, key: AlertKey) {
+        let message = self.message(key);
+        let put = alert::Outbox::open(&self.places.outbox()).and_then(|mut outbox| outbox.put(&message));
+        let result = match put {
+            Ok(_) => AlertResult::Queued,
+            Err(e) => AlertResult::Refused { why: e.to_string() },
+        };
+        self.write(Record::new(clock::now(), Event::AlertDone { key, result }));
+        self.daily.deliver_soon(clock::now());
+    }
+
+    fn message(&self, key: AlertKey) -> alert::Message {
+        let state = self.book.state();
+        let mut facts = self.facts(format!("incident-{}", key.incident));
+        if let Some(incident) = state.incident.as_ref().filter(|i| i.id == key.incident) {
+            facts.why.clone_from(&incident.cause);
+            facts.details = incident.findings.iter().map(|f| f.what.clone()).collect();
+        }
+        if let Some(closed) = state.closed.as_ref().filter(|c| c.id == key.incident) {
+            facts.why.clone_from(&closed.why);
+            facts.layer = closed.layer;
+            facts.down_ms = closed.took_ms as f64;
+            let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
+            if quarantine.is_dir() {
+                facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
+            }
+        }
+        let kind = match key.kind {
+            AlertKind::Opening => alert::Kind::Opening,
+            AlertKind::Emergency => alert::Kind::Emergency,
+            AlertKind::InPlaceFailed => alert::Kind::Notice(alert::Notice::LeftAlone),
+            AlertKind::Journal => alert::Kind::Notice(alert::Notice::JournalUnwritable),
+            AlertKind::Closing => match state.closed.as_ref().map(|c| c.outcome) {
+                Some(Outcome::LeftAlone) => alert::Kind::Notice(alert::Notice::LeftAlone),
+                Some(Outcome::Recovered | Outcome::Emergency | Outcome::Failed) | None => alert::Kind::Closing,
+            },
+        };
+        alert::Message::new(kind, &facts, alert::Language::default())
+    }
+
+    /// Channels took these messages.
+    pub(super) fn accepted(&mut self, keys: &[String]) {
+        let waiting: Vec<AlertKey> = self
+            .book
+            .state()
+            .alerts
+            .iter()
+            .filter(|a| a.fate == engine::state::Fate::Queued)
+            .map(|a| a.key)
+            .collect();
+        for key in waiting {
+            let told = keys.iter().any(|k| k.starts_with(&format!("incident-{}/", key.incident)));
+            if told {
+                self.write(Record::new(clock::now(), Event::AlertDone { key, result: AlertResult::Accepted }));
+            }
+        }
+    }
+
+    // ---- the world, as the engine is told of it ----
+
+    fn ladder(&mut self, now: Moment) -> Ladder {
+        let exam = self.exam.clone();
+        let rungs = rungs(exam.as_ref(), self.book.state().incident.as_ref(), self);
+        let inconclusive =
+            self.judgement.as_ref().is_some_and(|j| matches!(j.verdict, Verdict::Inconclusive { .. }));
+        let alive = self.gateway.as_ref().is_some_and(|fd| !fd.exited());
+        let mut ladder = Ladder::new(rungs);
+        ladder.holding = self.held();
+        ladder.start = StartLook {
+            alive,
+            progressing: alive && (inconclusive || self.judgement.is_none()),
+            intact: exam.as_ref().is_some_and(|e| e.need == Need::Nothing),
+        };
+        ladder.hands_off = self.hands_off();
+        ladder.journal_ok = self.book.journal_ok();
+        ladder.evidence = evidence(exam.as_ref());
+        ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
+        ladder
+    }
+
+    fn held(&self) -> Option<StepId> {
+        self.step.as_ref()?.name.strip_prefix("step-")?.parse().ok()
+    }
+
+    fn hung(&self) -> bool {
+        self.gateway.is_some()
+            && self.judgement.as_ref().is_some_and(|j| matches!(j.verdict, Verdict::NotServing { .. }))
+    }
+
+    /// Whether there is room to repair without deleting anything first.
+    pub(super) fn space_gate(&self) -> Result<(), String> {
+        match gates::space(&self.places.state_dir, 0) {
+            gates::Gate::Open => Ok(()),
+            gates::Gate::Closed(why) => Err(why),
+        }
+    }
+}
+
+fn degraded(verdict: &Verdict) -> Option<&[String]> {
+    match verdict {
+        Verdict::Serving { degraded } => Some(degraded),
+        Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => None,
+    }
+}
+
+/// Hash of what outside could make a failed climb succeed.
+fn evidence(exam: Option<&Examination>) -> u64 {
+    let mut hash = DefaultHasher::new();
+    exam.map(|e| (e.inputs, e.snapshot.clone(), e.need)).hash(&mut hash);
+    hash.finish()
+}
+
+/// Which layers apply now, and on what.
+fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent: &Agent) -> Vec<Rung> {
+    let inputs = |layer: Layer| {
+        let mut hash = DefaultHasher::new();
+        (layer, exam.map(|e| (e.inputs, e.snapshot.clone()))).hash(&mut hash);
+        hash.finish()
+    };
+    let snapshot = match exam {
+        None => Err("the disk could not be looked at".to_owned()),
+        Some(e) if e.snapshot.is_none() => Err("there is no good snapshot yet".to_owned()),
+        Some(_) => agent.space_gate(),
+    };
+    let dirty = exam.and_then(|e| e.findings.iter().find(|f| keeps_from_starting(f)).map(|f| f.what.clone()));
+    let restart = match (exam, dirty) {
+        (_, Some(what)) => Err(format!("disk, config and state are not clean: {what}")),
+        (None, None) => Err("the disk could not be looked at".to_owned()),
+        (Some(_), None) => Ok(()),
+    };
+    let in_place = match (incident.map(|i| i.kind), exam.map(|e| e.need)) {
+        (Some(IncidentKind::Latent), Some(Need::InPlace)) => snapshot.clone(),
+        (Some(IncidentKind::Latent), _) => Err("nothing is left to be repaired in place".to_owned()),
+        (_, _) => Err("the node does not serve".to_owned()),
+    };
+    // With nothing to be seen on disk it comes after layer 0, and then reads every byte.
+    let restore = snapshot;
+    let later = |layer: Layer| {
+        Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer))
+    };
+    vec![
+        Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
+        Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
+        Rung::new(Layer::Restore, restore, inputs(Layer::Restore)),
+        later(Layer::SystemInstall),
+        later(Layer::UserInstall),
+        later(Layer::PeerCopy),
+    ]
+}
+
+/// Whether a start with this on the disk would fail or do harm.
+fn keeps_from_starting(finding: &Finding) -> bool {
+    match finding.kind {
+        FaultKind::FilesDamaged
+        | FaultKind::ConfigBroken
+        | FaultKind::RootMissing
+        | FaultKind::DatabaseCorrupt
+        | FaultKind::Amnesia
+        | FaultKind::RuntimeUnfit
+        | FaultKind::PortTaken
+        | FaultKind::Permission
+        | FaultKind::DiskFull
+        | FaultKind::SchemaNewer => true,
+        FaultKind::ProcessGone
+        | FaultKind::Hung
+        | FaultKind::ServiceLatched
+        | FaultKind::UpdateAtWork
+        | FaultKind::OwnersWill
+        | FaultKind::BackupStale
+        | FaultKind::Notice => false,
+    }
+}

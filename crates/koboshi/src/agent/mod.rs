@@ -1,0 +1,733 @@
+//! The agent: one loop that watches, folds, asks the engine and does what it says.
+//!
+//! Everything that could hang runs elsewhere: probes on a thread, work in contained steps with deadlines. The loop
+//! itself only waits for descriptors. What it knows about incidents is in the journal; when it dies, the next one
+//! folds and goes on, and the gateway never notices.
+
+pub mod book;
+mod daily;
+mod incident;
+mod prober;
+pub mod runner;
+pub mod status;
+pub mod will;
+
+use crate::agent::book::Book;
+use crate::agent::daily::Daily;
+use crate::agent::incident::Doing;
+use crate::agent::prober::Prober;
+use crate::agent::runner::{Runner, Running};
+use crate::agent::status::Status;
+use crate::agent::will::Will;
+use crate::config::{Config, Mode};
+use crate::control::{self, Order, Reply};
+use crate::patient::{self, Service};
+use crate::places::Places;
+use crate::print::{Exit, Printer};
+use engine::{Event, IncidentKind, Moment, Record, Verdict};
+use host::clock::{self, Deadline};
+use host::container::{Containers, Strength};
+use host::files::LockFile;
+use host::process::PidFd;
+use host::signals::{Got, Signals};
+use host::watch::Watch;
+use host::{Error, Kind, Result};
+use layers::Examination;
+use node::probe::{ServiceLook, ServicePhase};
+use node::{Judge, Judgement, Node, Want};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+/// Asking the service manager takes 10 to 30 ms; more is a manager in trouble.
+const MANAGER_LIMIT: Duration = Duration::from_secs(5);
+/// While all is well systemd is asked this rarely: the process itself is watched anyway.
+const MANAGER_EVERY_MS: u64 = 60_000;
+/// The loop wakes at least this often, whatever happens.
+const WAKE_AT_LEAST: Duration = Duration::from_secs(30);
+/// The gateway may drain this long when the container that koboshi is PID 1 of is stopped.
+const DRAIN_LIMIT: Duration = Duration::from_secs(330);
+/// Files change in bursts; one look after this long sees them all.
+const SETTLE_FILES_MS: u64 = 300;
+/// An unchanged status is published again after this long, so that its age says whether the agent lives.
+const PUBLISH_EVERY_MS: u64 = 30_000;
+/// A bare stop of an enabled unit is undone once after this long: systemd records no caller.
+const BARE_STOP_MS: u64 = 90_000;
+/// A second bare stop within this is obeyed.
+const BARE_STOP_AGAIN_MS: u64 = 3_600_000;
+
+/// The agent of one node.
+pub struct Agent {
+    config: Config,
+    places: Places,
+    printer: Printer,
+    node: Node,
+    service: Service,
+    runner: Runner,
+    book: Book,
+    judge: Judge,
+    prober: Prober,
+    watch: Watch,
+    signals: Signals,
+    will: Will,
+    doing: Doing,
+    step: Option<Running>,
+    daily: Daily,
+    judgement: Option<Judgement>,
+    /// Looks begun before this moment saw a node that no longer is.
+    looks_from: Moment,
+    next_look: Moment,
+    gateway: Option<PidFd>,
+    serving_since: Option<Moment>,
+    exam: Option<Examination>,
+    /// A look at the disk is due at this moment: a watched file changed.
+    exam_due: Option<Moment>,
+    service_look: Option<(Moment, ServiceLook)>,
+    bare_stop: Option<Moment>,
+    bare_stops: Vec<Moment>,
+    told_left_alone: bool,
+    first_good: Option<Moment>,
+    published: Option<(Moment, Status)>,
+    ending: bool,
+}
+
+/// Runs the agent until it is told to end.
+pub fn run(config: Config, places: Places, watch_only: bool, printer: Printer) -> Result<Exit> {
+    places.make()?;
+    let Some(_lock) = LockFile::try_take(&places.lock())? else {
+        let holder = LockFile::holder(&places.lock()).map_or_else(String::new, |pid| format!(" (process {pid})"));
+        return Err(Error::new(Kind::Usage, "guard the node", format!("another koboshi agent guards it{holder}"))
+            .hint("koboshi status shows what it does"));
+    };
+    let mut config = config;
+    if watch_only {
+        config.mode = Mode::Watch;
+    }
+    let mut agent = Agent::new(config, places, printer)?;
+    agent.begin();
+    let exit = agent.live()?;
+    Ok(exit)
+}
+
+impl Agent {
+    fn new(config: Config, places: Places, printer: Printer) -> Result<Agent> {
+        let signals = Signals::new()?;
+        let node = patient::find(&places, &config)?;
+        patient::remember(&places, &node)?;
+        let containers = Containers::open(&node.name, &places.run_dir)?;
+        let service = Service::of(&node, &config, &containers, &places)?;
+        let (book, words) = Book::open(&places)?;
+        let will = Will::load(&places).unwrap_or_else(|e| {
+            printer.error(&e);
+            Will::default()
+        });
+        let baseline = patient::baseline(&places).unwrap_or_else(|e| {
+            printer.error(&e);
+            None
+        });
+        let now = clock::now();
+        let agent = Agent {
+            judge: Judge::new(config.judge.clone(), baseline.unwrap_or_default()),
+            runner: Runner::new(containers, places.clone()),
+            prober: Prober::start()?,
+            watch: Watch::new()?,
+            daily: Daily::new(now),
+            doing: Doing::Nothing,
+            step: None,
+            judgement: None,
+            looks_from: now,
+            next_look: now,
+            gateway: None,
+            serving_since: None,
+            exam: None,
+            exam_due: Some(now),
+            service_look: None,
+            bare_stop: None,
+            bare_stops: Vec::new(),
+            told_left_alone: false,
+            first_good: None,
+            published: None,
+            ending: false,
+            config,
+            places,
+            printer,
+            node,
+            service,
+            book,
+            signals,
+            will,
+        };
+        for line in words {
+            agent.say(&line);
+        }
+        Ok(agent)
+    }
+
+    /// What an agent does first, whether it is the first one ever or follows one that died.
+    fn begin(&mut self) {
+        let manager = self.service.manager().kind();
+        self.say(&format!(
+            "guarding {} {} on port {} ({}; {})",
+            self.node.name,
+            self.node.version.as_deref().unwrap_or("of unknown version"),
+            self.node.port,
+            manager,
+            strength(&self.runner.containers.strength()),
+        ));
+        // A dead agent may have held the unit down; its undo is ours.
+        if let Err(e) = self.service.manager().release(Deadline::after(MANAGER_LIMIT)) {
+            self.say(&e.to_string());
+        }
+        // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
+        for name in self.runner.containers.leftovers() {
+            if name.starts_with("job-") {
+                let _ = self.runner.containers.kill(&name, Deadline::after(runner::KILL_LIMIT));
+            }
+        }
+        self.watch_files();
+        self.follow_gateway();
+        let open = self.book.state().incident.is_some();
+        let idle = self.gateway.is_none() && self.node.gateway().is_none();
+        if self.service.embedded() && idle && !open && self.hands_off().is_none() {
+            self.start_embedded("koboshi guard began");
+        } else if self.gateway.is_some() {
+            self.say("the gateway runs already and is taken into care as it is");
+        }
+    }
+
+    /// The embedded gateway is started because the agent starts, not because it fell.
+    fn start_embedded(&mut self, why: &str) {
+        let now = clock::now();
+        self.write(Record::new(now, Event::StartSeen { by: why.to_owned() }));
+        match self.service.manager().start(Deadline::after(MANAGER_LIMIT)) {
+            Ok(()) => {
+                self.started(now);
+                self.say("the gateway is being started");
+            }
+            Err(e) => {
+                self.say(&e.to_string());
+                self.open(IncidentKind::Outage, format!("the gateway cannot be started: {}", e.why), Vec::new());
+            }
+        }
+    }
+
+    /// A start was asked for: what was seen before is about another process.
+    fn started(&mut self, at: Moment) {
+        self.judge.started(at);
+        self.looks_from = at;
+        self.next_look = at;
+        self.serving_since = None;
+        self.judgement = None;
+        self.follow_gateway();
+    }
+
+    fn live(&mut self) -> Result<Exit> {
+        while !self.ending {
+            self.take_probe();
+            self.take_files();
+            self.take_orders();
+            self.take_jobs();
+            self.drive();
+            self.due_looks();
+            self.due_jobs();
+            self.publish();
+            if self.ending {
+                break;
+            }
+            self.sleep()?;
+        }
+        self.end();
+        Ok(Exit::Done)
+    }
+
+    /// Waits until something happens or is due.
+    fn sleep(&mut self) -> Result<()> {
+        let now = clock::now();
+        let mut until = Deadline::after(WAKE_AT_LEAST);
+        let mut at = |moment: Option<Moment>| {
+            if let Some(moment) = moment {
+                until = until.min(Deadline::at(moment));
+            }
+        };
+        if !self.prober.busy() {
+            at(Some(self.next_look));
+        }
+        at(self.exam_due);
+        at(self.doing.until(now));
+        at(self.daily.due());
+        let gateway = self.gateway.as_ref().map(AsFd::as_fd);
+        let step = self.step.as_ref().map(|s| s.step.pidfd());
+        let job = self.daily.fds();
+        let mut fds: Vec<BorrowedFd<'_>> = vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
+        fds.extend(gateway);
+        fds.extend(step);
+        fds.extend(job);
+        let ready = host::poll::readable(&fds, until)?;
+        let exited = gateway.is_some() && ready.get(3).copied().unwrap_or(false);
+        drop(fds);
+        self.take_signals();
+        if exited {
+            self.gateway_exited();
+        }
+        Ok(())
+    }
+
+    fn take_signals(&mut self) {
+        for got in self.signals.take().unwrap_or_default() {
+            match got {
+                Got::Terminate | Got::Interrupt => self.ending = true,
+                Got::Hangup => self.say("SIGHUP: the configuration is read at the next start only"),
+                Got::Child => {
+                    if std::process::id() == 1 {
+                        host::reap::orphans();
+                    }
+                }
+            }
+        }
+    }
+
+    /// The end of the agent is not the end of the gateway, except where the agent is the container's first process.
+    fn end(&mut self) {
+        if let Some(mut step) = self.step.take() {
+            let _ = step.kill();
+        }
+        self.daily.end();
+        if std::process::id() == 1 {
+            self.say("the container is being stopped: the gateway may drain");
+            match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT)) {
+                Ok(stopped) => self.say(&format!("the gateway has ended: {stopped:?}")),
+                Err(e) => self.say(&e.to_string()),
+            }
+        } else if self.gateway.is_some() {
+            self.say("the agent ends; the gateway runs on");
+        }
+        let _ = std::fs::remove_file(self.places.status());
+    }
+
+    // ---- what happens ----
+
+    /// Holds a descriptor on the gateway's process, so that its end is known at once.
+    fn follow_gateway(&mut self) {
+        let id = self.service.main().or_else(|| self.node.gateway());
+        let followed = self.gateway.as_ref().map(PidFd::id);
+        if id.is_some() && id != followed {
+            if let Some(id) = id {
+                self.service.adopt(id);
+                self.gateway = id.open().ok();
+            }
+        } else if self.gateway.as_ref().is_some_and(PidFd::exited) {
+            self.gateway = None;
+        }
+    }
+
+    /// The gateway's process has ended: known within milliseconds, and judged by who ended it.
+    fn gateway_exited(&mut self) {
+        self.gateway = None;
+        self.serving_since = None;
+        self.next_look = clock::now();
+        let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
+        if climbing || self.will.stopped || self.ending {
+            return;
+        }
+        let deadline = Deadline::after(MANAGER_LIMIT);
+        let state = self.service.look(deadline);
+        if let Some(update) = node::update::at_work(&self.node) {
+            self.say(&format!("the gateway ended while an update is at work: {update}"));
+            return;
+        }
+        if !self.service.embedded() {
+            if state.in_motion() {
+                // systemd starts it again by itself; only damage that would make that fail is put right first.
+                self.say("the gateway ended; systemd is about to start it again");
+                self.exam_due = Some(clock::now());
+                return;
+            }
+            if state.active == host::service::Active::Inactive {
+                self.bare_stopped(state.enabled == Some(false) || state.masked);
+                return;
+            }
+        }
+        let how = match (state.exit_status, state.exit_signal) {
+            (_, Some(signal)) => format!("signal {signal} ended it"),
+            (Some(code), None) => format!("it exited with code {code}"),
+            (None, None) => "it is gone".to_owned(),
+        };
+        self.open_or_escalate(IncidentKind::Outage, format!("the gateway ended: {how}"));
+    }
+
+    /// An enabled unit was stopped and nobody said why. Once it is started again, after a while; then it is obeyed.
+    fn bare_stopped(&mut self, disabled: bool) {
+        let now = clock::now();
+        if disabled {
+            self.leave_alone("its unit is disabled or masked");
+            return;
+        }
+        self.bare_stops.retain(|at| now.since_ms(*at).is_some_and(|ms| ms < BARE_STOP_AGAIN_MS));
+        if self.bare_stops.is_empty() {
+            self.say(&format!("the unit was stopped; it is started again in {} s", BARE_STOP_MS / 1000));
+            self.bare_stops.push(now);
+            self.bare_stop = Some(now);
+        } else {
+            self.will.stopped = true;
+            if let Err(e) = self.will.save(&self.places) {
+                self.say(&e.to_string());
+            }
+            self.leave_alone("its unit was stopped twice within the hour");
+        }
+    }
+
+    fn leave_alone(&mut self, why: &str) {
+        if !self.told_left_alone {
+            self.told_left_alone = true;
+            self.say(&format!("left alone: {why}"));
+            self.notice(alert::Notice::StoppedByOwner, why);
+        }
+    }
+
+    fn take_probe(&mut self) {
+        let Some(look) = self.prober.take() else {
+            return;
+        };
+        let stale = look.at.since_ms(self.looks_from).is_none() || look.at.ms < self.looks_from.ms;
+        if stale {
+            self.next_look = clock::now();
+            return;
+        }
+        let judgement = self.judge.observe(&look);
+        self.next_look = clock::now().plus_ms(self.look_every_ms());
+        self.follow_gateway();
+        self.heed(&judgement);
+        self.judgement = Some(judgement);
+    }
+
+    fn look_every_ms(&self) -> u64 {
+        let by_judge = u64::try_from(self.judge.next_probe_in().as_millis()).unwrap_or(u64::MAX);
+        if self.doing.judging() { by_judge.min(self.config.judge.alert_every_ms) } else { by_judge }
+    }
+
+    /// What a judgement means for daily life and for an open incident.
+    fn heed(&mut self, judgement: &Judgement) {
+        let now = clock::now();
+        match &judgement.verdict {
+            Verdict::Serving { .. } => {
+                self.told_left_alone = false;
+                self.bare_stop = None;
+                if self.serving_since.is_none() && judgement.confirmed {
+                    self.serving_since = judgement.first_good.or(Some(now));
+                    self.say("the node serves, confirmed");
+                    self.daily.serving(now);
+                }
+                self.first_good = judgement.first_good;
+            }
+            Verdict::NotServing { .. } => self.serving_since = None,
+            Verdict::Inconclusive { .. } => {}
+        }
+        if self.book.state().incident.is_some() {
+            self.record_word(judgement);
+            if matches!(judgement.verdict, Verdict::NotServing { .. }) {
+                self.escalate(judgement);
+            }
+            return;
+        }
+        if let Verdict::NotServing { why } = &judgement.verdict {
+            self.fallen(why.clone(), judgement.findings.clone());
+        }
+    }
+
+    /// The judge says that the node does not serve and no incident is open.
+    fn fallen(&mut self, why: String, findings: Vec<engine::Finding>) {
+        let now = clock::now();
+        if self.will.stopped {
+            return;
+        }
+        if let Some(stopped) = self.bare_stop {
+            if now.since_ms(stopped).is_none_or(|ms| ms < BARE_STOP_MS) {
+                return;
+            }
+            self.bare_stop = None;
+            self.notice(alert::Notice::StartedAgain, "an enabled unit was stopped without a word");
+        }
+        if self.hands_off().is_some() && self.told_left_alone {
+            return;
+        }
+        self.told_left_alone = self.hands_off().is_some();
+        self.open(IncidentKind::Outage, why, findings);
+    }
+
+    fn take_files(&mut self) {
+        let events = self.watch.drain().unwrap_or_default();
+        if events.is_empty() {
+            return;
+        }
+        let now = clock::now();
+        if events.iter().any(|e| e.key == "will") {
+            self.read_will();
+        }
+        if events.iter().any(|e| e.key != "will" && e.key != "orders") {
+            self.exam_due.get_or_insert(now.plus_ms(SETTLE_FILES_MS));
+        }
+    }
+
+    fn read_will(&mut self) {
+        match Will::load(&self.places) {
+            Ok(will) => {
+                if will != self.will {
+                    self.say(&format!("the owner's will is now {}", describe_will(&will)));
+                    self.will = will;
+                    self.told_left_alone = false;
+                }
+            }
+            Err(e) => self.say(&e.to_string()),
+        }
+    }
+
+    /// Watches what a start would need, and what people write to us.
+    fn watch_files(&mut self) {
+        let node = &self.node;
+        let mut paths = vec![
+            ("config", node.config_path.clone()),
+            ("state", node.state_dir.join("state")),
+            ("program", node.package_dir.clone()),
+            ("program", node.package_dir.join("dist")),
+            ("program", node.entry.clone()),
+            ("program", node.package_dir.join("package.json")),
+            ("runtime", node.node_bin.clone()),
+            ("will", self.places.will()),
+            ("orders", self.places.orders()),
+        ];
+        if let Some(unit) = &node.unit {
+            paths.extend(unit.files.iter().map(|f| ("unit", f.clone())));
+        }
+        for (key, path) in paths {
+            if let Err(e) = self.watch.add(&path, key) {
+                self.say(&e.to_string());
+            }
+        }
+    }
+
+    fn take_orders(&mut self) {
+        for (id, order) in control::waiting(&self.places) {
+            let reply = self.obey(&order);
+            if let Err(e) = control::answer(&self.places, &id, &reply) {
+                self.say(&e.to_string());
+            }
+        }
+    }
+
+    /// Does what a person asked for at the command line.
+    fn obey(&mut self, order: &Order) -> Reply {
+        let now = clock::now();
+        let limit = DRAIN_LIMIT + runner::KILL_LIMIT;
+        let result = match order {
+            Order::Stop { grace_s } => {
+                self.will.stopped = true;
+                let saved = self.will.save(&self.places);
+                self.serving_since = None;
+                saved.and_then(|()| {
+                    let grace = Duration::from_secs(*grace_s).min(DRAIN_LIMIT);
+                    self.service.manager().stop(grace, Deadline::after(limit)).map(|s| format!("{s:?}"))
+                })
+            }
+            Order::Start => {
+                self.will.stopped = false;
+                self.bare_stop = None;
+                self.will.save(&self.places).and_then(|()| {
+                    if self.node.gateway().is_some() {
+                        return Ok("it runs already".to_owned());
+                    }
+                    self.write(Record::new(now, Event::StartSeen { by: "the owner".to_owned() }));
+                    self.service.manager().clear_latch(Deadline::after(MANAGER_LIMIT))?;
+                    self.service.manager().start(Deadline::after(MANAGER_LIMIT))?;
+                    self.started(now);
+                    Ok("the start was asked for".to_owned())
+                })
+            }
+            Order::Recover => {
+                if let Some(Judgement { verdict: Verdict::NotServing { why }, .. }) = &self.judgement {
+                    let why = why.clone();
+                    self.will.stopped = false;
+                    self.open(IncidentKind::Outage, format!("asked for by hand: {why}"), Vec::new());
+                    Ok("an incident is open".to_owned())
+                } else {
+                    self.exam_due = Some(now);
+                    Ok("the node is not known to be down; its disk is looked at".to_owned())
+                }
+            }
+            Order::Accept => {
+                self.daily.accept(now);
+                Ok("a new baseline is taken".to_owned())
+            }
+            Order::Snapshot { note } => {
+                self.daily.snapshot_by_hand(now, note);
+                Ok("a snapshot is being taken".to_owned())
+            }
+        };
+        match result {
+            Ok(done) => {
+                self.say(&format!("by hand: {order:?}: {done}"));
+                Reply { done: Some(done), error: None }
+            }
+            Err(e) => {
+                self.say(&format!("by hand: {order:?}: {e}"));
+                Reply { done: None, error: Some(format!("{}: {}", e.what, e.why)) }
+            }
+        }
+    }
+
+    fn due_looks(&mut self) {
+        let now = clock::now();
+        if !self.prober.busy() && now.ms >= self.next_look.ms {
+            let well = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
+            let service = self.service_state(now, well);
+            let want = Want {
+                hello: self.judge.wants_hello(now) || self.doing.judging(),
+                identity: !well || self.judge.wants_hello(now),
+                update: !well,
+                service,
+                main: self.service.main(),
+                log: self.service.embedded().then(|| self.places.gateway_log()),
+                known_turn: false,
+            };
+            self.prober.ask(&self.node, want);
+        }
+        if self.exam_due.is_some_and(|due| now.ms >= due.ms) && self.book.state().climb().is_none() {
+            self.exam_due = None;
+            self.daily.examine_soon(now);
+        }
+    }
+
+    /// What the manager says; asked rarely while all is well, because asking costs a process.
+    fn service_state(&mut self, now: Moment, well: bool) -> Option<ServiceLook> {
+        let every_ms = if well { MANAGER_EVERY_MS } else { self.config.judge.http_every_ms };
+        if let Some((at, look)) = &self.service_look
+            && now.since_ms(*at).is_some_and(|ms| ms < every_ms)
+        {
+            return Some(look.clone());
+        }
+        let state = self.service.look(Deadline::after(MANAGER_LIMIT));
+        let look = service_look(&state);
+        self.service_look = Some((now, look.clone()));
+        Some(look)
+    }
+
+    // ---- telling ----
+
+    /// Why nothing is touched now, where that is so.
+    pub(crate) fn hands_off(&self) -> Option<String> {
+        if self.config.mode == Mode::Watch {
+            return Some("koboshi only watches (mode = \"watch\")".to_owned());
+        }
+        if self.will.paused(clock::wall().as_second()) {
+            return Some("koboshi is paused; `koboshi resume` ends it".to_owned());
+        }
+        if self.will.stopped {
+            return Some("the owner stopped the node; `koboshi node start` starts it".to_owned());
+        }
+        None
+    }
+
+    fn say(&self, line: &str) {
+        self.printer.note(format!("{:.0} {line}", clock::wall()));
+    }
+
+    fn publish(&mut self) {
+        let now = clock::now();
+        let status = self.status(now);
+        let due = match &self.published {
+            None => true,
+            Some((at, before)) => {
+                let same = Status { at: before.at, start_free_at: before.start_free_at, ..status.clone() } == *before;
+                !same || now.since_ms(*at).is_none_or(|ms| ms >= PUBLISH_EVERY_MS)
+            }
+        };
+        if due {
+            if let Err(e) = status.publish(&self.places) {
+                self.say(&e.to_string());
+            }
+            self.published = Some((now, status));
+        }
+    }
+
+    fn status(&self, now: Moment) -> Status {
+        let state = self.book.state();
+        let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
+        Status {
+            agent: host::process::ProcessId::current()
+                .unwrap_or(host::process::ProcessId { pid: std::process::id(), start_ticks: 0 }),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            at: now,
+            mode: match self.config.mode {
+                Mode::Guard => "guard".to_owned(),
+                Mode::Watch => "watch".to_owned(),
+            },
+            manager: match &self.service {
+                Service::Embedded(_) => "embedded".to_owned(),
+                Service::Systemd(m) => host::service::Manager::kind(m).to_owned(),
+            },
+            containers: strength(&self.runner.containers.strength()),
+            verdict: self.judgement.as_ref().map_or(
+                Verdict::Inconclusive { why: "no look has been taken yet".to_owned() },
+                |j| j.verdict.clone(),
+            ),
+            confirmed: self.judgement.as_ref().is_some_and(|j| j.confirmed),
+            gateway: self.gateway.as_ref().map(PidFd::id),
+            serving_since: self.serving_since,
+            hands_off: self.hands_off(),
+            incident: state.incident.as_ref().map(|incident| status::Open {
+                id: incident.id,
+                cause: incident.cause.clone(),
+                doing: self.doing.words(),
+                layer: state.climb().and_then(|c| c.turn.as_ref()).map(|t| t.layer),
+                emergency: state.in_emergency(),
+            }),
+            findings: self.exam.as_ref().map(|e| e.findings.clone()).unwrap_or_default(),
+            snapshot: self.exam.as_ref().and_then(|e| e.snapshot.clone()),
+            ages_s: self.exam.as_ref().map(|e| e.ages_s.clone()).unwrap_or_default(),
+            start_free_at: now.plus_ms(free_in_ms),
+            settled: self.daily.settled(),
+            trouble: self.daily.trouble(),
+        }
+    }
+}
+
+fn strength(strength: &Strength) -> String {
+    match strength {
+        Strength::CgroupV2 { memory, pids } => format!(
+            "cgroup v2, memory {}, pids {}",
+            if *memory { "limited" } else { "unlimited" },
+            if *pids { "limited" } else { "unlimited" }
+        ),
+        Strength::Weak { why } => format!("weak containers: {why}"),
+    }
+}
+
+fn describe_will(will: &Will) -> String {
+    match (will.stopped, will.paused(clock::wall().as_second())) {
+        (true, _) => "that the node stays down".to_owned(),
+        (false, true) => "hands off for a while".to_owned(),
+        (false, false) => "that the node is guarded".to_owned(),
+    }
+}
+
+/// The manager's state in the judge's words.
+pub(crate) fn service_look(state: &host::service::ServiceState) -> ServiceLook {
+    use host::service::Active;
+    ServiceLook {
+        phase: match state.active {
+            Active::Active => ServicePhase::Running,
+            Active::Activating | Active::AutoRestart => ServicePhase::Starting,
+            Active::Deactivating => ServicePhase::Stopping,
+            Active::Inactive | Active::Failed => ServicePhase::Down,
+            Active::Unknown => ServicePhase::Unknown,
+        },
+        main: state.main,
+        cgroup: state.cgroup.clone(),
+        latched: state.latched.clone(),
+        will: if state.masked && !state.held {
+            Some("its unit is masked".to_owned())
+        } else if state.enabled == Some(false) {
+            Some("its unit is disabled".to_owned())
+        } else {
+            None
+        },
+    }
+}

@@ -1,0 +1,77 @@
+//! Looks at the node on a thread of its own, so that a probe that hangs delays no other watch.
+
+use host::clock::Deadline;
+use host::{Context, Result};
+use node::{Look, Node, Want};
+use rustix::event::{EventfdFlags, eventfd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+/// One look with all its probes: three HTTP requests and a hello that takes its time.
+const LOOK_LIMIT: Duration = Duration::from_secs(8);
+/// Probing needs little stack; the default would count against nothing but looks large.
+const STACK_BYTES: usize = 512 << 10;
+
+/// The probing thread. At most one look is under way.
+#[derive(Debug)]
+pub struct Prober {
+    ask: Sender<(Node, Want)>,
+    got: Receiver<Look>,
+    wake: Arc<OwnedFd>,
+    busy: bool,
+}
+
+impl Prober {
+    /// Starts the thread. It ends when this is dropped.
+    pub fn start() -> Result<Prober> {
+        let (ask, asked) = channel::<(Node, Want)>();
+        let (give, got) = channel::<Look>();
+        let wake = Arc::new(
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(|| "make an eventfd".into())?,
+        );
+        let signal = Arc::clone(&wake);
+        std::thread::Builder::new()
+            .name("prober".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                while let Ok((node, want)) = asked.recv() {
+                    let look = node::look(&node, &want, Deadline::after(LOOK_LIMIT));
+                    if give.send(look).is_err() {
+                        return;
+                    }
+                    let _ = rustix::io::write(&signal, &1_u64.to_ne_bytes());
+                }
+            })
+            .context(|| "start the probing thread".into())?;
+        Ok(Prober { ask, got, wake, busy: false })
+    }
+
+    /// Whether a look is under way.
+    pub fn busy(&self) -> bool {
+        self.busy
+    }
+
+    /// Asks for a look, unless one is under way.
+    pub fn ask(&mut self, node: &Node, want: Want) {
+        if !self.busy && self.ask.send((node.clone(), want)).is_ok() {
+            self.busy = true;
+        }
+    }
+
+    /// The look that was asked for, once it is there.
+    pub fn take(&mut self) -> Option<Look> {
+        let mut count = [0_u8; 8];
+        let _ = rustix::io::read(&*self.wake, &mut count);
+        let look = self.got.try_recv().ok()?;
+        self.busy = false;
+        Some(look)
+    }
+}
+
+impl AsFd for Prober {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}

@@ -1,0 +1,154 @@
+//! The node in koboshi's care: found once, remembered, and run by one service manager.
+
+use crate::config::{Config, ServiceChoice};
+use crate::places::Places;
+use host::clock::Deadline;
+use host::container::Containers;
+use host::process::ProcessId;
+use host::service::{Embedded, GatewaySpec, Manager, ServiceState, Systemd};
+use host::{Error, Kind, Result, files};
+use node::{Baseline, Node, Scope};
+use std::os::fd::BorrowedFd;
+
+/// A node's description is a few kilobytes.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The node as it was last known to serve; found anew only where nothing is remembered: a fallen node can no longer be
+/// found by looking.
+pub fn remembered(places: &Places) -> Result<Option<Node>> {
+    load(&places.node(), "the remembered node")
+}
+
+/// The remembered node, else the one found on this host.
+pub fn find(places: &Places, config: &Config) -> Result<Node> {
+    match remembered(places)? {
+        Some(node) => Ok(node),
+        None => Ok(node::find(&(&config.node).into())?.node),
+    }
+}
+
+/// Remembers the node.
+pub fn remember(places: &Places, node: &Node) -> Result<()> {
+    save(&places.node(), node)
+}
+
+/// What the judge expects of it, where anything is known.
+pub fn baseline(places: &Places) -> Result<Option<Baseline>> {
+    load(&places.baseline(), "the baseline")
+}
+
+/// Remembers the baseline.
+pub fn set_baseline(places: &Places, baseline: &Baseline) -> Result<()> {
+    save(&places.baseline(), baseline)
+}
+
+fn load<T: serde::de::DeserializeOwned>(path: &std::path::Path, what: &str) -> Result<Option<T>> {
+    match files::read_bounded(path, MAX_BYTES) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+            Error::new(Kind::Corrupt, format!("read {what} from {}", path.display()), e)
+                .hint(format!("remove {} and run koboshi install again", path.display()))
+        }),
+        Err(e) if e.kind == Kind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn save<T: serde::Serialize>(path: &std::path::Path, value: &T) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value)
+        .map_err(|e| Error::new(Kind::System, format!("write {}", path.display()), e))?;
+    files::write_atomic(path, &text, 0o600)
+}
+
+/// The one that starts and stops the gateway.
+#[derive(Debug)]
+pub enum Service {
+    /// koboshi itself.
+    Embedded(Embedded),
+    /// systemd.
+    Systemd(Systemd),
+}
+
+impl Service {
+    /// The manager that the configuration and the node ask for. A running gateway is adopted.
+    pub fn of(node: &Node, config: &Config, containers: &Containers, places: &Places) -> Result<Service> {
+        let unit = node.unit.as_ref();
+        let wants = match (config.service.manager, unit) {
+            (ServiceChoice::Auto, Some(unit)) => match unit.scope {
+                Scope::User => ServiceChoice::SystemdUser,
+                Scope::System => ServiceChoice::SystemdSystem,
+            },
+            (ServiceChoice::Auto, None) => ServiceChoice::Embedded,
+            (chosen, _) => chosen,
+        };
+        let name = || {
+            unit.map(|u| u.name.as_str()).ok_or_else(|| {
+                Error::new(Kind::Usage, "use systemd for the gateway", "the node has no unit")
+                    .hint("set manager = \"embedded\" under [service], or run `openclaw gateway install` first")
+            })
+        };
+        match wants {
+            ServiceChoice::SystemdUser => Ok(Service::Systemd(Systemd::user(name()?, node.ids)?)),
+            ServiceChoice::SystemdSystem => Ok(Service::Systemd(Systemd::system(name()?)?)),
+            ServiceChoice::Embedded | ServiceChoice::Auto => {
+                let command = node.command();
+                let spec = GatewaySpec {
+                    program: command.program.into_os_string(),
+                    args: command.args.into_iter().map(Into::into).collect(),
+                    env: command.env.into_iter().map(|(k, v)| (k.into(), v.into())).collect(),
+                    env_clear: true,
+                    cwd: Some(command.cwd),
+                    ids: (node.ids != host::run::Ids::current()).then_some(node.ids),
+                    log: places.gateway_log(),
+                };
+                Ok(Service::Embedded(Embedded::new(containers.clone(), spec, node.gateway())))
+            }
+        }
+    }
+
+    /// As the one trait.
+    pub fn manager(&mut self) -> &mut dyn Manager {
+        match self {
+            Service::Embedded(m) => m,
+            Service::Systemd(m) => m,
+        }
+    }
+
+    /// Becomes readable when a gateway that we supervise exits.
+    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Service::Embedded(m) => m.pidfd(),
+            Service::Systemd(_) => None,
+        }
+    }
+
+    /// The gateway's process, where we supervise it.
+    pub fn main(&self) -> Option<ProcessId> {
+        match self {
+            Service::Embedded(m) => m.main(),
+            Service::Systemd(_) => None,
+        }
+    }
+
+    /// Takes a gateway into care that somebody else started.
+    pub fn adopt(&mut self, id: ProcessId) {
+        match self {
+            Service::Embedded(m) => {
+                m.adopt(id);
+            }
+            Service::Systemd(_) => {}
+        }
+    }
+
+    /// Whether koboshi is the supervisor.
+    pub fn embedded(&self) -> bool {
+        match self {
+            Service::Embedded(_) => true,
+            Service::Systemd(_) => false,
+        }
+    }
+
+    /// What the manager says, or that nothing is known.
+    pub fn look(&mut self, deadline: Deadline) -> ServiceState {
+        self.manager().look(deadline).unwrap_or_else(|_| ServiceState::unknown())
+    }
+}

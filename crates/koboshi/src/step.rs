@@ -1,0 +1,331 @@
+//! One step of daily operation or recovery: this very binary again, in a container of its own, under a deadline.
+//!
+//! So the agent stays small, nothing it does can hang it, and whatever a step started dies with its container. The
+//! request and the answer are files in the run directory. The answer is a claim: the judge decides.
+
+use crate::config::Config;
+use crate::patient::Service;
+use crate::places::Places;
+use crate::spare;
+use alert::Outbox;
+use engine::{Class, Finding};
+use host::clock::Deadline;
+use host::container::Containers;
+use host::{Error, Kind, Result, files};
+use layers::{Bench, Care, Examination, Report};
+use node::{Baseline, Node};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use store::{Depth, Request as Take, Store, Trust};
+
+/// Requests and answers hold findings and counts, not data.
+const MAX_BYTES: u64 = 8 << 20;
+/// A step that was told no deadline (run by hand) gets this.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a step is to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "work")]
+pub enum Work {
+    /// Looks at the whole disk side.
+    Examine {
+        /// How closely.
+        care: Care,
+    },
+    /// Takes a snapshot of these classes; all when none are named.
+    Snapshot {
+        /// Which.
+        classes: Vec<Class>,
+        /// Why.
+        note: String,
+    },
+    /// The node has served long enough with what the newest candidate holds: checks that, and trusts it.
+    Settle,
+    /// Brings store and quarantine within their limit and makes the spare again.
+    Tidy,
+    /// Sends what waits in the outbox.
+    Deliver,
+    /// Layer 0.
+    Restart {
+        /// The gateway does not answer.
+        hung: bool,
+    },
+    /// Layer 1.
+    Restore {
+        /// Why.
+        findings: Vec<Finding>,
+        /// The gateway does not answer.
+        hung: bool,
+        /// The second turn, with a wider scope.
+        wider: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Layer in-place.
+    InPlace {
+        /// Why.
+        findings: Vec<Finding>,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+}
+
+/// A request, as the agent writes it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    /// What to do.
+    pub work: Work,
+    /// The configuration to do it under.
+    pub config_file: PathBuf,
+    /// The patient.
+    pub node: Node,
+    /// What is expected of it.
+    pub baseline: Option<Baseline>,
+}
+
+/// What a step says it found or did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "answer")]
+pub enum Answer {
+    /// Of `Examine`.
+    Examined(Box<Examination>),
+    /// Of `Snapshot`.
+    Taken {
+        /// The snapshot.
+        id: String,
+        /// What it cost, in milliseconds.
+        wall_ms: f64,
+    },
+    /// Of `Settle`.
+    Settled {
+        /// What is trusted now; `None` when there was nothing to settle or the disk says otherwise.
+        id: Option<String>,
+        /// Why not.
+        why: Option<String>,
+    },
+    /// Of `Tidy`.
+    Tidied {
+        /// One line each.
+        done: Vec<String>,
+    },
+    /// Of `Deliver`.
+    Delivered {
+        /// Keys that a channel accepted.
+        accepted: Vec<String>,
+        /// Still waiting.
+        waiting: usize,
+        /// When to try again, in milliseconds.
+        again_ms: Option<u64>,
+    },
+    /// Of the layers.
+    Done(Report),
+    /// It failed.
+    Failed {
+        /// What was attempted.
+        what: String,
+        /// Why it failed.
+        why: String,
+    },
+}
+
+/// Where the answer to a request lies.
+pub fn answer_path(request: &Path) -> PathBuf {
+    request.with_extension("answer")
+}
+
+/// What a step answered; a step that was killed answered nothing.
+pub fn answer(request: &Path) -> Option<Answer> {
+    let bytes = files::read_bounded(&answer_path(request), MAX_BYTES).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+/// Runs one step and writes its answer.
+pub fn run(request_path: &Path) -> Result<()> {
+    let bytes = files::read_bounded(request_path, MAX_BYTES)?;
+    let request: Request = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::new(Kind::Usage, format!("read the request {}", request_path.display()), e))?;
+    let deadline = Deadline::from_env().unwrap_or_else(|| Deadline::after(DEFAULT_LIMIT));
+    let outcome = work(&request, deadline);
+    let said = match &outcome {
+        Ok(answer) => answer.clone(),
+        Err(e) => Answer::Failed { what: e.what.clone(), why: e.why.clone() },
+    };
+    let text = serde_json::to_vec(&said).map_err(|e| Error::new(Kind::System, "write the answer", e))?;
+    files::write_atomic(&answer_path(request_path), &text, 0o600)?;
+    outcome.map(|_| ())
+}
+
+fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
+    let config = crate::config::load(&request.config_file)?;
+    let places = Places::new(request.config_file.clone(), &config)?;
+    let node = &request.node;
+    match &request.work {
+        Work::Examine { care } => {
+            let store = open_store(&places)?;
+            let examination =
+                layers::examine(node, store.as_ref(), request.baseline.as_ref(), *care, deadline)?;
+            Ok(Answer::Examined(Box::new(examination)))
+        }
+        Work::Snapshot { classes, note } => {
+            let info = snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
+            Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
+        }
+        Work::Settle => settle(&places, deadline),
+        Work::Tidy => tidy(&places, &config, node, deadline),
+        Work::Deliver => {
+            let mut outbox = Outbox::open(&places.outbox())?;
+            let mut channels = config.alert.clone();
+            channels.extend(alert::local_channels(&places.state_dir, Some(&node.home)));
+            let delivery = alert::deliver(&mut outbox, &channels, deadline);
+            Ok(Answer::Delivered {
+                accepted: delivery.accepted.iter().filter(|r| !r.local).map(|r| r.key.clone()).collect(),
+                waiting: delivery.queued,
+                again_ms: delivery.next.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            })
+        }
+        Work::Restart { hung } => {
+            with_bench(request, &config, &places, 0, deadline, |bench| layers::restart::work(bench, *hung))
+        }
+        Work::Restore { findings, hung, wider, incident } => {
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                layers::restore::work(bench, findings, *hung, *wider)
+            })
+        }
+        Work::InPlace { findings, incident } => {
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                layers::in_place::work(bench, findings)
+            })
+        }
+    }
+}
+
+fn with_bench(
+    request: &Request,
+    config: &Config,
+    places: &Places,
+    incident: u64,
+    deadline: Deadline,
+    work: impl FnOnce(&mut Bench<'_>) -> Result<Report>,
+) -> Result<Answer> {
+    let containers = Containers::open(&request.node.name, &places.run_dir)?;
+    let mut service = Service::of(&request.node, config, &containers, places)?;
+    // A damaged store must not keep layer 0 from working.
+    let store = open_store(places).unwrap_or_default();
+    let mut bench = Bench {
+        node: &request.node,
+        manager: service.manager(),
+        store: store.as_ref(),
+        baseline: request.baseline.as_ref(),
+        quarantine: places.quarantine().join(format!("{incident:08}")),
+        spares: spare::ready(&request.node),
+        deadline,
+    };
+    work(&mut bench).map(Answer::Done)
+}
+
+/// The store, if there is one yet.
+pub fn open_store(places: &Places) -> Result<Option<Store>> {
+    if !places.store().is_dir() {
+        return Ok(None);
+    }
+    Store::open(&places.store(), &places.key_file).map(Some)
+}
+
+/// Takes a snapshot of `classes` (all when empty) and publishes it as a candidate.
+pub fn snapshot(
+    places: &Places,
+    node: &Node,
+    baseline: Option<&Baseline>,
+    classes: &[Class],
+    note: &str,
+    progress: &mut dyn FnMut(store::Progress),
+    deadline: Deadline,
+) -> Result<store::SnapshotInfo> {
+    let store = Store::open_or_create(&places.store(), &places.key_file)?;
+    let roots = node::roots::roots(node);
+    let all = Class::ALL;
+    let version = node.package_version();
+    let json = |e: serde_json::Error| Error::new(Kind::System, "describe the node", e);
+    let request = Take {
+        roots: &roots,
+        classes: if classes.is_empty() { &all } else { classes },
+        note,
+        version: version.as_deref(),
+        node: serde_json::to_value(node).map_err(json)?,
+        baseline: serde_json::to_value(baseline).map_err(json)?,
+    };
+    store.snapshot(&request, progress, deadline)
+}
+
+/// Trusts the newest candidate if the live program, runtime, service files and config are exactly what it holds: the
+/// node has just served for the settling time with them.
+fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
+    let Some(store) = open_store(places)? else {
+        return Ok(Answer::Settled { id: None, why: Some("there is no store yet".into()) });
+    };
+    let Some(newest) = store.list()?.into_iter().max_by_key(|i| i.number) else {
+        return Ok(Answer::Settled { id: None, why: Some("there is no snapshot yet".into()) });
+    };
+    if newest.trust.trusted() {
+        return Ok(Answer::Settled { id: Some(newest.id), why: None });
+    }
+    let classes = [Class::Program, Class::Runtime, Class::Service, Class::Config];
+    let differences = store.compare(&newest.id, &classes, Depth::Stat, deadline)?;
+    if let Some(first) = differences.first() {
+        let why = format!(
+            "{} differences from the candidate, the first in {}/{}",
+            differences.len(),
+            first.root,
+            first.path.display()
+        );
+        return Ok(Answer::Settled { id: None, why: Some(why) });
+    }
+    store.set_trust(&newest.id, Trust::Good)?;
+    Ok(Answer::Settled { id: Some(newest.id), why: None })
+}
+
+fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {
+    let mut done = Vec::new();
+    let Some(store) = open_store(places)? else {
+        return Ok(Answer::Tidied { done });
+    };
+    let limit = crate::space::limit_bytes(config, places)?;
+    let spare_bytes = spare::size(node);
+    let pruned = store.prune(limit.saturating_sub(spare_bytes), deadline)?;
+    if !pruned.removed.is_empty() {
+        done.push(format!("{} old snapshots removed", pruned.removed.len()));
+    }
+    if pruned.over_limit {
+        done.push(format!("what must be kept is larger than the limit of {limit} bytes"));
+    }
+    let freed = store::trim_quarantine(
+        &places.quarantine(),
+        &store,
+        limit.saturating_sub(spare_bytes + pruned.after_bytes),
+        config.store.quarantine_days,
+        deadline,
+    )?;
+    if freed > 0 {
+        done.push(format!("{freed} bytes of the quarantine freed"));
+    }
+    if config.store.spare {
+        done.extend(spare::make(node, &store, limit, deadline)?);
+    }
+    Ok(Answer::Tidied { done })
+}
+
+/// The age of the newest good copy of each class, in seconds.
+pub fn ages_s(places: &Places) -> Result<BTreeMap<Class, u64>> {
+    let Some(store) = open_store(places)? else {
+        return Ok(BTreeMap::new());
+    };
+    let now = host::clock::wall().as_second();
+    Ok(store.newest_trusted(None)?.map_or_else(BTreeMap::new, |info| {
+        info.classes
+            .iter()
+            .map(|(class, what)| (*class, u64::try_from(now - what.taken.as_second()).unwrap_or(0)))
+            .collect()
+    }))
+}

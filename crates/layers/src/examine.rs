@@ -1,0 +1,265 @@
+//! One look at the whole disk side of a node: independent findings, the differences from what is remembered, and
+//! what kind of repair the two together ask for.
+//!
+//! Nothing is concluded from an exit code or a message alone, and a difference in what belongs to the user is no
+//! damage by itself: users write.
+
+use engine::{Class, FaultKind, Finding};
+use host::Result;
+use host::clock::Deadline;
+use node::{Baseline, Node, triage};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use store::{Depth, Difference, DifferenceKind, SnapshotInfo, Store};
+
+/// Differences kept in a report; the repair looks again by itself.
+const MAX_DIFFERENCES: usize = 256;
+/// Evidence lines of one finding.
+const MAX_EVIDENCE: usize = 8;
+/// The classes that converge to the snapshot and are watched on disk.
+const CONVERGING: [Class; 3] = [Class::Program, Class::Runtime, Class::Service];
+
+/// What kind of repair a serving node needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Need {
+    /// None.
+    Nothing,
+    /// There is damage, but somebody is still at work on it: look again soon.
+    Later,
+    /// It can be put right while the node serves.
+    InPlace,
+    /// Putting it right needs the gateway stopped.
+    Interruption,
+}
+
+/// How closely to look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Care {
+    /// While the node serves: by stat, and only the heads of databases.
+    Quick,
+    /// While it is down: databases page by page, trees by stat.
+    Down,
+    /// After a start that failed for no reason that shows: every byte of the converging trees too.
+    Thorough,
+}
+
+/// What one look found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Examination {
+    /// What is wrong, independent of each other.
+    pub findings: Vec<Finding>,
+    /// What a serving node needs.
+    pub need: Need,
+    /// How the converging trees differ from the snapshot, bounded.
+    pub differences: Vec<Difference>,
+    /// The snapshot that a repair would use first.
+    pub snapshot: Option<String>,
+    /// The age of the newest good copy of each class, in seconds.
+    pub ages_s: BTreeMap<Class, u64>,
+    /// The program's version in that snapshot.
+    pub version: Option<String>,
+    /// Hash of what a start would run with now: program, runtime, config and databases as they lie on disk.
+    pub inputs: u64,
+    /// CPU time it took, in milliseconds.
+    pub cpu_ms: f64,
+    /// Elapsed time, in milliseconds.
+    pub wall_ms: f64,
+}
+
+/// Looks.
+pub fn examine(
+    node: &Node,
+    store: Option<&Store>,
+    baseline: Option<&Baseline>,
+    care: Care,
+    deadline: Deadline,
+) -> Result<Examination> {
+    let began = host::clock::now();
+    let (depth, compare) = match care {
+        Care::Quick => (triage::Depth::Quick, Depth::Stat),
+        Care::Down => (triage::Depth::Full, Depth::Stat),
+        Care::Thorough => (triage::Depth::Full, Depth::Hash),
+    };
+    let unknown = Baseline::default();
+    let mut findings = triage::examine(node, baseline.unwrap_or(&unknown), depth, deadline);
+    let trusted = match store {
+        Some(store) => store.newest_trusted(None)?,
+        None => None,
+    };
+    let mut differences = Vec::new();
+    if let (Some(store), Some(trusted)) = (store, &trusted)
+        && node::update::at_work(node).is_none()
+    {
+        differences = store.compare(&trusted.id, &CONVERGING, compare, deadline)?;
+        if upgraded(node, trusted) {
+            // Another version than the remembered one, whole as far as can be seen: its owner's doing until it fails.
+            differences.retain(|d| d.class != Class::Program);
+        }
+        findings.extend(damage(&differences));
+    }
+    let need = findings.iter().map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
+    let inputs = inputs(node, &differences);
+    differences.truncate(MAX_DIFFERENCES);
+    Ok(Examination {
+        need,
+        inputs,
+        snapshot: trusted.as_ref().map(|t| t.id.clone()),
+        version: trusted.as_ref().and_then(|t| t.version.clone()),
+        ages_s: trusted.as_ref().map(ages).unwrap_or_default(),
+        findings,
+        differences,
+        cpu_ms: cpu_ms(),
+        wall_ms: host::clock::now().since_ms(began).unwrap_or(0) as f64,
+    })
+}
+
+/// Whether a whole program of another version lies there.
+fn upgraded(node: &Node, trusted: &SnapshotInfo) -> bool {
+    node.package_version().is_some_and(|live| trusted.version.as_ref().is_some_and(|kept| *kept != live))
+}
+
+fn ages(info: &SnapshotInfo) -> BTreeMap<Class, u64> {
+    let now = host::clock::wall().as_second();
+    info.classes
+        .iter()
+        .map(|(class, what)| (*class, u64::try_from(now - what.taken.as_second()).unwrap_or(0)))
+        .collect()
+}
+
+/// One finding per damaged class.
+fn damage(differences: &[Difference]) -> Vec<Finding> {
+    CONVERGING
+        .into_iter()
+        .filter_map(|class| {
+            let of: Vec<&Difference> = differences.iter().filter(|d| d.class == class).collect();
+            let first = of.first()?;
+            let what = match (first.path.as_os_str().is_empty(), first.kind) {
+                (true, DifferenceKind::Missing) => format!("the {class} is gone"),
+                _ if of.len() == 1 => format!("1 file of the {class} differs from the snapshot"),
+                _ => format!("{} files of the {class} differ from the snapshot", of.len()),
+            };
+            let evidence = of
+                .iter()
+                .take(MAX_EVIDENCE)
+                .map(|d| format!("{}/{}: {}", d.root, d.path.display(), kind_words(d.kind)))
+                .collect();
+            Some(Finding { kind: FaultKind::FilesDamaged, class: Some(class), what, evidence })
+        })
+        .collect()
+}
+
+fn kind_words(kind: DifferenceKind) -> &'static str {
+    match kind {
+        DifferenceKind::Missing => "missing",
+        DifferenceKind::Extra => "not in the snapshot",
+        DifferenceKind::Changed => "other bytes",
+        DifferenceKind::Emptied => "emptied",
+        DifferenceKind::ModeOrOwner => "other mode or owner",
+        DifferenceKind::Attributes => "other attributes",
+        DifferenceKind::HardLinked => "shares its bytes with another file",
+        DifferenceKind::KindChanged => "another kind of file",
+        DifferenceKind::LinkTarget => "points elsewhere",
+        DifferenceKind::TooMany => "more than can be listed",
+    }
+}
+
+/// What one finding asks for while the node serves.
+fn need(node: &Node, finding: &Finding) -> Need {
+    match finding.kind {
+        FaultKind::FilesDamaged => Need::InPlace,
+        FaultKind::ConfigBroken => {
+            if being_edited(node) {
+                Need::Later
+            } else {
+                Need::InPlace
+            }
+        }
+        FaultKind::RootMissing => match finding.class {
+            // The gateway reads these afresh; nothing has to be stopped for them.
+            Some(Class::Workspace | Class::Credentials) => Need::InPlace,
+            Some(
+                Class::Program
+                | Class::Runtime
+                | Class::Service
+                | Class::Config
+                | Class::State
+                | Class::Sessions,
+            )
+            | None => Need::Interruption,
+        },
+        FaultKind::DatabaseCorrupt | FaultKind::Amnesia => Need::Interruption,
+        FaultKind::ProcessGone
+        | FaultKind::Hung
+        | FaultKind::RuntimeUnfit
+        | FaultKind::ServiceLatched
+        | FaultKind::PortTaken
+        | FaultKind::Permission
+        | FaultKind::DiskFull
+        | FaultKind::SchemaNewer
+        | FaultKind::UpdateAtWork
+        | FaultKind::OwnersWill
+        | FaultKind::BackupStale
+        | FaultKind::Notice => Need::Nothing,
+    }
+}
+
+/// A config that was written less than a minute ago may still be in somebody's editor.
+fn being_edited(node: &Node) -> bool {
+    const EDITING_S: u64 = 60;
+    let recently = |path: &std::path::Path| {
+        std::fs::metadata(path)
+            .and_then(|m| m.modified())
+            .ok()
+            .and_then(age_s)
+            .is_some_and(|age| age < EDITING_S)
+    };
+    if node.config_path.exists() {
+        return recently(&node.config_path);
+    }
+    // Deleted: the directory remembers when.
+    node.config_path.parent().is_some_and(recently)
+}
+
+fn age_s(t: std::time::SystemTime) -> Option<u64> {
+    let since = t.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
+    let now = u64::try_from(host::clock::wall().as_second()).ok()?;
+    // A file from the future (the clock was set back) is not being edited for ever.
+    Some(now.checked_sub(since).unwrap_or(u64::MAX))
+}
+
+/// Hash of everything a start would run with.
+fn inputs(node: &Node, differences: &[Difference]) -> u64 {
+    let mut hash = DefaultHasher::new();
+    let mut stat = |path: &std::path::Path| {
+        use std::os::unix::fs::MetadataExt;
+        match std::fs::metadata(path) {
+            Ok(m) => (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.mode(), m.uid()).hash(&mut hash),
+            Err(e) => e.raw_os_error().hash(&mut hash),
+        }
+    };
+    for path in [&node.entry, &node.node_bin, &node.config_path, &node.package_dir.join("package.json")] {
+        stat(path);
+    }
+    // The databases' sizes and times move with every start; only their presence and identity count.
+    let mut presence = |path: &std::path::Path| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).map(|m| (m.ino(), m.uid(), m.size() == 0)).ok().hash(&mut hash);
+    };
+    presence(&node.state_db());
+    for (_, db) in node.agent_dbs() {
+        presence(&db);
+    }
+    for d in differences {
+        (&d.root, &d.path, d.kind).hash(&mut hash);
+    }
+    hash.finish()
+}
+
+fn cpu_ms() -> f64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    t.tv_sec as f64 * 1000.0 + t.tv_nsec as f64 / 1_000_000.0
+}

@@ -1,0 +1,404 @@
+//! Layer 1: repair from the newest trusted snapshot, in one go, the least scope that all findings explain.
+//!
+//! Program, runtime and service files converge to the snapshot. The config is touched only when it is missing, invalid
+//! or blamed by the gateway. What belongs to the user is touched only where a whole root is gone, a database is
+//! provably corrupt, or the node woke up without its memory; then only that part goes back, and the bytes that a
+//! running gateway still holds open are saved first, because they are newer than any snapshot.
+
+use crate::{Bench, Report, quiet};
+use engine::{Class, FaultKind, Finding};
+use host::{Context, Error, Kind, Result};
+use node::gates::{self, Gate};
+use node::{Node, salvage};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use store::{Depth, Difference, DifferenceKind, Scope, SnapshotInfo, Store};
+
+/// Snapshots tried before the layer gives up: each costs a compare.
+const MAX_SNAPSHOTS: usize = 5;
+
+/// The root of everything in the state directory that has no root of its own: many small things of many owners, which
+/// never vanish together unless the root itself does.
+const SCATTERED: &str = "state-rest";
+
+/// What the findings allow to be touched.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Converging classes to put right.
+    pub converge: BTreeSet<Class>,
+    /// The config may be put back.
+    pub config: bool,
+    /// Classes of which whole roots are gone or emptied.
+    pub missing: BTreeSet<Class>,
+    /// Single databases that are corrupt or were started afresh.
+    pub databases: BTreeSet<PathBuf>,
+    /// Every byte is to be hashed: a stat sweep found nothing, and still it does not start.
+    pub thorough: bool,
+}
+
+impl Choice {
+    /// The least scope that explains all findings about `node`.
+    #[must_use]
+    pub fn of(node: &Node, findings: &[Finding]) -> Choice {
+        let mut choice = Choice::default();
+        for finding in findings {
+            choice.add(node, finding);
+        }
+        choice
+    }
+
+    fn add(&mut self, node: &Node, finding: &Finding) {
+        match finding.kind {
+            FaultKind::FilesDamaged => self.converge.extend(finding.class),
+            FaultKind::RuntimeUnfit => self.converge.extend([Class::Runtime, Class::Service]),
+            FaultKind::ServiceLatched => self.converge.extend([Class::Service]),
+            FaultKind::ConfigBroken => self.config = true,
+            FaultKind::RootMissing => {
+                if !node.state_dir.is_dir() {
+                    // All that is the user's is gone at once.
+                    self.config = true;
+                    self.missing
+                        .extend(Class::ALL.into_iter().filter(|c| !c.converges() && *c != Class::Config));
+                }
+                match finding.class {
+                    Some(class) if class.converges() => self.converge.extend([class]),
+                    Some(Class::Config) => self.config = true,
+                    Some(class) => self.missing.extend([class]),
+                    None => {}
+                }
+                self.databases.extend(named(finding));
+            }
+            FaultKind::DatabaseCorrupt | FaultKind::Amnesia => {
+                if finding.class == Some(Class::State) {
+                    self.databases.insert(node.state_db());
+                }
+                self.databases.extend(named(finding));
+            }
+            FaultKind::ProcessGone
+            | FaultKind::Hung
+            | FaultKind::PortTaken
+            | FaultKind::Permission
+            | FaultKind::DiskFull
+            | FaultKind::SchemaNewer
+            | FaultKind::UpdateAtWork
+            | FaultKind::OwnersWill
+            | FaultKind::BackupStale
+            | FaultKind::Notice => {}
+        }
+    }
+
+    /// Whether there is nothing to put right.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.converge.is_empty() && !self.config && self.missing.is_empty() && self.databases.is_empty()
+    }
+
+    /// The next wider scope, when the first one started nothing: every byte of what converges, and the config.
+    #[must_use]
+    pub fn widened(mut self) -> Choice {
+        self.converge.extend([Class::Program, Class::Runtime, Class::Service]);
+        self.thorough = true;
+        self
+    }
+
+    fn classes(&self) -> Vec<Class> {
+        let mut classes: BTreeSet<Class> = self.converge.clone();
+        if self.config {
+            classes.insert(Class::Config);
+        }
+        classes.extend(&self.missing);
+        if !self.databases.is_empty() {
+            classes.extend([Class::State, Class::Sessions]);
+        }
+        classes.into_iter().collect()
+    }
+
+    /// Whether this difference may be put right.
+    fn wants(&self, info: &SnapshotInfo, difference: &Difference) -> bool {
+        if difference.class.converges() {
+            return self.converge.contains(&difference.class);
+        }
+        if difference.class == Class::Config {
+            return self.config && back_to_what_was(difference.kind);
+        }
+        let root = info.roots.iter().find(|r| r.name == difference.root);
+        let path = root.map(|r| join(&r.path, &difference.path));
+        if path.as_ref().is_some_and(|p| self.databases.contains(p)) {
+            return back_to_what_was(difference.kind);
+        }
+        // A single missing file in a tree that is otherwise there is the user's own deletion.
+        let scattered = difference.root == SCATTERED && !difference.path.as_os_str().is_empty();
+        self.missing.contains(&difference.class)
+            && !scattered
+            && matches!(
+                difference.kind,
+                DifferenceKind::Missing | DifferenceKind::Emptied | DifferenceKind::KindChanged
+            )
+    }
+}
+
+/// The databases that a finding names.
+fn named(finding: &Finding) -> impl Iterator<Item = PathBuf> {
+    finding.evidence.iter().filter(|e| e.starts_with('/') && e.ends_with(".sqlite")).map(PathBuf::from)
+}
+
+/// What was there and is other or gone; something new beside it is the user's and stays.
+fn back_to_what_was(kind: DifferenceKind) -> bool {
+    match kind {
+        DifferenceKind::Missing
+        | DifferenceKind::Changed
+        | DifferenceKind::Emptied
+        | DifferenceKind::ModeOrOwner
+        | DifferenceKind::KindChanged
+        | DifferenceKind::LinkTarget => true,
+        DifferenceKind::Extra
+        | DifferenceKind::Attributes
+        | DifferenceKind::HardLinked
+        | DifferenceKind::TooMany => false,
+    }
+}
+
+fn join(root: &Path, below: &Path) -> PathBuf {
+    if below.as_os_str().is_empty() { root.to_owned() } else { root.join(below) }
+}
+
+/// The work of layer 1.
+pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool) -> Result<Report> {
+    let mut report = Report::default();
+    let mut choice = Choice::of(bench.node, findings);
+    if wider || choice.is_empty() {
+        choice = choice.widened();
+    }
+    // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
+    let saved = save_open_databases(bench, &choice, &mut report);
+    quiet::stop(bench, hung, &mut report)?;
+    for database in saved {
+        put_back(&database, &mut report)?;
+        choice.databases.remove(&database.live);
+    }
+    if bench.node.state_db().exists() {
+        // What was just put back is newer than the snapshot's.
+        choice.missing.remove(&Class::State);
+    }
+    if choice.is_empty() {
+        report.did("nothing is left to be taken from a snapshot");
+    } else {
+        repair(bench, &choice, &mut report)?;
+    }
+    bench.manager.clear_latch(bench.deadline)?;
+    Ok(report)
+}
+
+/// A database rescued from a living gateway: where its bytes lie now, and where they belong.
+struct Saved {
+    copy: PathBuf,
+    live: PathBuf,
+}
+
+fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) -> Vec<Saved> {
+    if !choice.missing.contains(&Class::State) && !choice.missing.contains(&Class::Sessions) {
+        return Vec::new();
+    }
+    let Some(gateway) = bench.node.gateway() else {
+        return Vec::new();
+    };
+    let to = bench.quarantine.join("salvaged");
+    match salvage::from_open_files(bench.node, gateway, &to) {
+        Ok(found) => found
+            .into_iter()
+            .filter(|s| !s.original.exists())
+            .map(|s| {
+                report.did(format!("saved {} from the gateway's open files", s.original.display()));
+                Saved { copy: s.file, live: s.original }
+            })
+            .collect(),
+        Err(e) => {
+            // The snapshot is the next best source; the loss is told.
+            report.could_not(format!("{e}"));
+            Vec::new()
+        }
+    }
+}
+
+/// Puts a rescued database where it was. The copy stays in the quarantine.
+fn put_back(saved: &Saved, report: &mut Report) -> Result<()> {
+    let what = || format!("put {} back", saved.live.display());
+    if saved.live.exists() {
+        return Ok(());
+    }
+    let dir = saved.live.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
+    std::fs::create_dir_all(dir).context(what)?;
+    let beside = saved.live.with_extension("sqlite.koboshi");
+    std::fs::copy(&saved.copy, &beside).context(what)?;
+    let meta = std::fs::metadata(dir).context(what)?;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600)).context(what)?;
+    std::os::unix::fs::chown(&beside, Some(meta.uid()), Some(meta.gid())).context(what)?;
+    std::fs::File::open(&beside).and_then(|f| f.sync_all()).context(what)?;
+    std::fs::rename(&beside, &saved.live).context(what)?;
+    host::files::sync_dir(dir)?;
+    report.did(format!("{} is back with everything written to it", saved.live.display()));
+    Ok(())
+}
+
+/// Repairs what `choice` allows from the newest trusted snapshot whose gates are open and whose bytes prove right.
+pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report) -> Result<()> {
+    let Some(store) = bench.store else {
+        return Err(Error::new(Kind::NotFound, "restore from a snapshot", "there is no store on this host")
+            .hint("koboshi snapshot create"));
+    };
+    let depth = if choice.thorough { Depth::Hash } else { Depth::Stat };
+    let trusted = trusted_newest_first(store)?;
+    if trusted.is_empty() {
+        return Err(Error::new(Kind::NotFound, "restore from a snapshot", "none has been proven good yet"));
+    }
+    let mut last = None;
+    for info in trusted.iter().take(MAX_SNAPSHOTS) {
+        if let Err(why) = gate(bench, choice, info) {
+            report.could_not(format!("snapshot {} is not used: {why}", info.id));
+            continue;
+        }
+        match repair_from(bench, store, info, choice, depth, report) {
+            Ok(()) => return Ok(()),
+            Err(e) => {
+                report.could_not(format!("snapshot {}: {e}", info.id));
+                last = Some(e);
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| {
+        Error::new(
+            Kind::NotFound,
+            "restore from a snapshot",
+            "the gates of every trusted snapshot are closed",
+        )
+    }))
+}
+
+fn trusted_newest_first(store: &Store) -> Result<Vec<SnapshotInfo>> {
+    let mut infos: Vec<SnapshotInfo> = store.list()?.into_iter().filter(|i| i.trust.trusted()).collect();
+    infos.sort_by_key(|i| std::cmp::Reverse(i.number));
+    Ok(infos)
+}
+
+/// Whether this snapshot may be used for this repair at all.
+fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result::Result<(), String> {
+    let databases_too =
+        choice.databases.contains(&bench.node.state_db()) || choice.missing.contains(&Class::State);
+    if choice.converge.contains(&Class::Program) && !databases_too {
+        // The program of that snapshot served a database of this schema; a newer one it may not be able to read.
+        let served = info.baseline.get("schema").and_then(serde_json::Value::as_u64);
+        let served = served.and_then(|s| u32::try_from(s).ok()).unwrap_or(u32::MAX);
+        if let Gate::Closed(why) = gates::schema(bench.node, (served, u32::MAX), bench.deadline) {
+            return Err(why);
+        }
+    }
+    match gates::space(&bench.quarantine, 0) {
+        Gate::Open => Ok(()),
+        Gate::Closed(why) => Err(why),
+    }
+}
+
+fn repair_from(
+    bench: &Bench<'_>,
+    store: &Store,
+    info: &SnapshotInfo,
+    choice: &Choice,
+    depth: Depth,
+    report: &mut Report,
+) -> Result<()> {
+    let differences = store.compare(&info.id, &choice.classes(), depth, bench.deadline)?;
+    let wanted: Vec<Difference> = differences.into_iter().filter(|d| choice.wants(info, d)).collect();
+    if wanted.is_empty() {
+        report.did(format!("nothing differs from snapshot {}", info.id));
+        return Ok(());
+    }
+    let repaired = store.repair(&info.id, Scope::Differences(&wanted), &bench.plan(), bench.deadline)?;
+    report.did(format!(
+        "from snapshot {}: {} files, {} directories, {} links put in place, {} attributes, {} bytes; {} things \
+         moved to quarantine{}",
+        repaired.snapshot,
+        repaired.files,
+        repaired.dirs,
+        repaired.links,
+        repaired.attributes,
+        repaired.bytes,
+        repaired.quarantined,
+        if repaired.from_spare.is_empty() { "" } else { "; the spare was swapped in" },
+    ));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn finding(kind: FaultKind, class: Option<Class>, evidence: &[&str]) -> Finding {
+        Finding {
+            kind,
+            class,
+            what: String::new(),
+            evidence: evidence.iter().map(|e| (*e).to_owned()).collect(),
+        }
+    }
+
+    fn node(dir: &Path) -> Node {
+        let state = dir.join("state");
+        std::fs::create_dir_all(&state).unwrap();
+        serde_json::from_value(serde_json::json!({
+            "name": "t", "prefix": dir, "package_dir": dir, "entry": dir, "node_bin": dir, "home": dir,
+            "state_dir": state, "config_path": state.join("openclaw.json"), "port": 1,
+            "ids": host::run::Ids::current(), "user": "t"
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn the_scope_is_the_least_that_the_findings_explain() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let choice = Choice::of(&node, &[finding(FaultKind::FilesDamaged, Some(Class::Program), &[])]);
+        assert_eq!(choice.classes(), [Class::Program]);
+        assert!(!choice.config);
+
+        let choice = Choice::of(&node, &[finding(FaultKind::ConfigBroken, Some(Class::Config), &[])]);
+        assert_eq!(choice.classes(), [Class::Config]);
+
+        let choice = Choice::of(&node, &[finding(FaultKind::Hung, None, &[])]);
+        assert!(choice.is_empty());
+        assert!(!choice.clone().widened().config, "a config that nobody blames is never touched");
+    }
+
+    #[test]
+    fn an_amnesia_takes_back_its_database_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let finding = finding(FaultKind::Amnesia, Some(Class::State), &["another device id"]);
+        let choice = Choice::of(&node, &[finding]);
+        assert_eq!(choice.databases, BTreeSet::from([node.state_db()]));
+        assert!(choice.missing.is_empty(), "files beside the database are not taken back");
+    }
+
+    #[test]
+    fn what_the_user_added_or_changed_is_never_wanted() {
+        let info: SnapshotInfo = serde_json::from_value(serde_json::json!({
+            "id": "1", "number": 1, "taken": "2026-01-01T00:00:00Z", "classes": {}, "note": "", "version": null,
+            "roots": [{"name": "workspace", "path": "/w", "class": "workspace"}],
+            "node": null, "baseline": null
+        }))
+        .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let choice = Choice::of(&node, &[finding(FaultKind::RootMissing, Some(Class::Workspace), &[])]);
+        let difference = |kind| Difference {
+            root: "workspace".into(),
+            path: PathBuf::from("a"),
+            class: Class::Workspace,
+            kind,
+        };
+        assert!(choice.wants(&info, &difference(DifferenceKind::Missing)));
+        for kind in [DifferenceKind::Changed, DifferenceKind::Extra, DifferenceKind::ModeOrOwner] {
+            assert!(!choice.wants(&info, &difference(kind)), "{kind:?}");
+        }
+    }
+}

@@ -65,7 +65,7 @@ pub fn find(hint: &Hint) -> Result<Found> {
 /// Every node on this machine that we may look at.
 #[must_use]
 pub fn find_all(hint: &Hint) -> Vec<Found> {
-    search(hint, &World::real(hint))
+    search(hint, &World::real(hint)).0
 }
 
 /// A person or service account.
@@ -143,10 +143,10 @@ fn account_of_home(home: &Path, known: &[Account], own_uid: u32) -> Option<Accou
 
 fn find_in(hint: &Hint, world: &World) -> Result<Found> {
     let what = "finding the OpenClaw node";
-    let mut all = search(hint, world);
+    let (mut all, bare) = search(hint, world);
     match all.len() {
         1 => Ok(all.remove(0)),
-        0 => Err(none_found(hint, world)),
+        0 => Err(none_found(hint, world, &bare)),
         n => {
             let list: Vec<String> = all.iter().map(|f| one_line(&f.node)).collect();
             Err(Error::new(Kind::Usage, what, format!("there are {n} nodes: {}", list.join("; ")))
@@ -159,7 +159,7 @@ fn one_line(node: &Node) -> String {
     format!("{} ({}, port {}, user {})", node.name, node.state_dir.display(), node.port, node.user)
 }
 
-fn none_found(hint: &Hint, world: &World) -> Error {
+fn none_found(hint: &Hint, world: &World, bare: &[PathBuf]) -> Error {
     let mut installs = Vec::new();
     for account in &world.accounts {
         installs.extend(installs_of(account, world));
@@ -167,6 +167,12 @@ fn none_found(hint: &Hint, world: &World) -> Error {
     let homes: Vec<String> = world.accounts.iter().map(|a| a.home.display().to_string()).take(8).collect();
     let searched = format!("looked at units, running gateways and state directories of {}", homes.join(", "));
     let error = Error::new(Kind::NotFound, "finding the OpenClaw node", "");
+    if let Some(state) = bare.first() {
+        let why =
+            format!("the state {} is here, but neither its program nor a Node to run it", state.display());
+        return Error { why, ..error }
+            .hint("name the npm prefix (--prefix) and the Node binary (--node) it used");
+    }
     match installs.first() {
         _ if *hint != Hint::default() => {
             Error { why: format!("nothing fits what was asked for ({searched})"), ..error }
@@ -207,7 +213,8 @@ struct Candidate {
     how: Vec<String>,
 }
 
-fn search(hint: &Hint, world: &World) -> Vec<Found> {
+/// The nodes, and the state directories whose program could not be found.
+fn search(hint: &Hint, world: &World) -> (Vec<Found>, Vec<PathBuf>) {
     let mut candidates: Vec<Candidate> = Vec::new();
     for account in &world.accounts {
         if hint.user.as_ref().is_some_and(|u| *u != account.name && *u != account.ids.uid.to_string()) {
@@ -227,7 +234,17 @@ fn search(hint: &Hint, world: &World) -> Vec<Found> {
             add(&mut candidates, candidate);
         }
     }
-    candidates.into_iter().filter_map(|c| complete(c, hint, world)).filter(|f| fits(&f.node, hint)).collect()
+    let mut bare = Vec::new();
+    let mut found = Vec::new();
+    for candidate in candidates {
+        let state_dir = candidate.state_dir.clone();
+        match complete(candidate, hint, world) {
+            Some(one) if fits(&one.node, hint) => found.push(one),
+            Some(_) => {}
+            None => bare.push(state_dir),
+        }
+    }
+    (found, bare)
 }
 
 /// Two witnesses of one state directory are one node; what the earlier one did not know, the later one adds.

@@ -264,3 +264,15 @@ fn of_two_managed_versions_the_newer_is_taken() {
     assert_eq!(found.node.node_bin, m.at("home/claw/.nvm/versions/node/v24.20.1/bin/node"));
     assert_eq!(found.others.len(), 2);
 }
+
+#[test]
+fn a_state_without_a_program_is_named() {
+    let m = Machine::new();
+    m.state("home/claw/.openclaw", None);
+    let e = m.find(&Hint::default()).expect_err("no program");
+    assert!(e.why.contains(".openclaw") && e.hint.is_some_and(|h| h.contains("--prefix")), "{}", e.why);
+    m.program("srv/p/lib/node_modules/openclaw");
+    m.write("srv/n/node", "node");
+    let hint = Hint { prefix: Some(m.at("srv/p")), node_bin: Some(m.at("srv/n/node")), ..Hint::default() };
+    assert_eq!(m.find(&hint).expect("a node").node.prefix, m.at("srv/p"));
+}

@@ -224,6 +224,8 @@ pub struct Judge {
     good: Option<Good>,
     /// The last hello of this process, and when.
     hello: Option<(ProcessId, Moment, HelloResult)>,
+    /// The last identity read while this process ran, and when.
+    identity: Option<(ProcessId, Moment, IdentityLook)>,
     update_since: Option<Moment>,
     last: Option<Moment>,
     steady: bool,
@@ -241,6 +243,7 @@ impl Judge {
             timer: None,
             good: None,
             hello: None,
+            identity: None,
             update_since: None,
             last: None,
             steady: false,
@@ -265,6 +268,7 @@ impl Judge {
         self.timer = None;
         self.good = None;
         self.hello = None;
+        self.identity = None;
         self.steady = false;
     }
 
@@ -286,10 +290,19 @@ impl Judge {
         }
     }
 
+    /// Whether the next look should read the identity: with every hello, and at every look while it is wrong.
+    #[must_use]
+    pub fn wants_identity(&self, now: Moment) -> bool {
+        let fresh = |at: Moment| now.since_ms(at).is_some_and(|ms| ms < self.limits.hello_every_ms);
+        let amnesic = self.timer.is_some_and(|t| t.reason == Reason::Amnesia);
+        amnesic || !self.identity.as_ref().is_some_and(|(_, at, _)| fresh(*at))
+    }
+
     /// Judges one look. Looks must come in the order of their moments.
     pub fn observe(&mut self, look: &Look) -> Judgement {
         self.forget_other_boots(look.at);
         self.remember_hello(look);
+        self.remember_identity(look);
         let mut findings = Vec::new();
         let seen = self.read(look, &mut findings);
         self.track_update(look, &mut findings);
@@ -318,6 +331,20 @@ impl Judge {
             // A probe that failed on our side says nothing; the older answer stands.
             if !matches!(result, HelloResult::OurSide { .. }) {
                 self.hello = Some((id, look.at, result.clone()));
+            }
+        }
+    }
+
+    /// What was read once holds until it is read again: a look without it must not forget an amnesia.
+    fn remember_identity(&mut self, look: &Look) {
+        let id = look.process.as_ref().map(|p| p.id);
+        if self.identity.as_ref().is_some_and(|(known, _, _)| Some(*known) != id) {
+            self.identity = None;
+        }
+        if let (Some(id), Some(identity)) = (id, &look.identity) {
+            let unreadable = matches!(identity, IdentityLook::Unreadable { .. });
+            if !unreadable || self.identity.is_none() {
+                self.identity = Some((id, look.at, identity.clone()));
             }
         }
     }
@@ -557,7 +584,7 @@ impl Judge {
             findings.push(finding(FaultKind::Amnesia, Some(Class::State), what.clone()));
             Some(bad(Reason::Amnesia, what, None))
         };
-        match look.identity.as_ref()? {
+        match &self.identity.as_ref()?.2 {
             // A database that is gone or cannot be read is no proof of another identity; triage names it.
             IdentityLook::Unreadable { .. } => None,
             IdentityLook::Known { identity, onboarded } => {
@@ -630,7 +657,9 @@ impl Judge {
         good.hello = hello;
         let (first, count) = (good.first, good.count);
         let held = look.at.since_ms(first).unwrap_or(0) >= self.limits.confirm_ms;
-        let confirmed = held && count >= self.limits.confirm_probes && hello.is_some();
+        // Who it is must have been asked, where it is known who it was.
+        let identified = self.baseline.device_id.is_none() || self.identity.is_some();
+        let confirmed = held && count >= self.limits.confirm_probes && hello.is_some() && identified;
         self.steady = confirmed;
         if confirmed {
             self.started = None;

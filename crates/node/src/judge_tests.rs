@@ -21,6 +21,11 @@ fn hello_ok() -> HelloResult {
     })
 }
 
+fn identified(id: Option<&str>, counts: Counts, onboarded: &str) -> Option<IdentityLook> {
+    let identity = Identity { device_id: id.map(str::to_owned), counts, schema: 18 };
+    Some(IdentityLook::Known { identity, onboarded: Some(onboarded.into()) })
+}
+
 fn good(ms: u64) -> Look {
     Look {
         at: at(ms),
@@ -43,7 +48,7 @@ fn good(ms: u64) -> Look {
         ready: Ready::Answer { ready: true, failing: vec![], suppressed: vec![] },
         hello: Some(hello_ok()),
         service: None,
-        identity: None,
+        identity: identified(Some("me"), Counts { paired: 2, jobs: 4, ..Counts::default() }, "then"),
         activity: Activity::default(),
         update: None,
         disk_version: Some("2026.9.6".into()),
@@ -554,10 +559,7 @@ fn channels_and_what_failed_before_may_fail() {
 
 #[test]
 fn identity_is_held_against_the_baseline() {
-    let known = |id: Option<&str>, counts: Counts, onboarded: &str| {
-        let identity = Identity { device_id: id.map(str::to_owned), counts, schema: 18 };
-        Some(IdentityLook::Known { identity, onboarded: Some(onboarded.into()) })
-    };
+    let known = identified;
     let full = Counts { paired: 1, jobs: 3, ..Counts::default() };
     let none = Counts { jobs: 3, ..Counts::default() };
     type Case = (&'static str, Option<IdentityLook>, bool, &'static [FaultKind]);
@@ -692,4 +694,35 @@ fn limits_are_read_from_a_part_and_mistakes_are_errors() {
     let some: Limits = serde_json::from_str(r#"{"spin_ms": 3000}"#).expect("limits");
     assert_eq!(some, Limits { spin_ms: 3_000, ..Limits::default() });
     assert!(serde_json::from_str::<Limits>(r#"{"spinn_ms": 3000}"#).is_err());
+}
+
+#[test]
+fn an_amnesia_is_not_forgotten_by_a_look_that_did_not_ask() {
+    let mut judge = settled();
+    assert!(!judge.wants_identity(at(6_500)));
+    let mut look = good(7_000);
+    look.identity = identified(Some("you"), Counts::default(), "then");
+    assert!(matches!(judge.observe(&look).verdict, Verdict::NotServing { .. }));
+    for ms in [9_000, 11_000, 15_000] {
+        let mut look = good(ms);
+        look.identity = None;
+        assert!(matches!(judge.observe(&look).verdict, Verdict::NotServing { .. }));
+        assert!(judge.wants_identity(at(ms)));
+    }
+    assert!(judge.observe(&good(16_000)).verdict.is_serving(), "read again and right");
+}
+
+#[test]
+fn nobody_is_confirmed_unidentified_where_the_identity_is_known() {
+    let run = |baseline: Baseline| {
+        let mut judge = Judge::new(Limits::default(), baseline);
+        let looks = [0, 3_000, 6_000].map(|ms| {
+            let mut look = good(ms);
+            look.identity = None;
+            judge.observe(&look).confirmed
+        });
+        looks[2]
+    };
+    assert!(!run(baseline()));
+    assert!(run(Baseline { device_id: None, ..baseline() }), "nothing is known of a fresh node");
 }

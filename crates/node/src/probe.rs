@@ -327,7 +327,10 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     look.process = process(node, want, heard.as_ref());
     look.listening = listening(look.process.as_ref(), heard.as_ref());
     let addr = address(node.port, heard.as_ref());
-    probe_http(&mut look, heard.is_some(), addr, deadline);
+    // The kernel accepts for a stopped process, which will not answer: asking would only cost the patience.
+    if !look.process.as_ref().is_some_and(|p| matches!(p.state, 'T' | 't')) {
+        probe_http(&mut look, heard.is_some(), addr, deadline);
+    }
     if want.hello && look.health == Health::Live {
         look.hello = Some(say_hello(node, addr, deadline));
         look.disk_version = node.package_version();

@@ -83,7 +83,7 @@ fn configuration(node: &Node, loaded: Option<&config::Loaded>, roots: &mut Vec<R
     for (n, file) in includes.iter().skip(1).enumerate() {
         roots.push(root(&format!("config-{}", n + 1), file.clone(), Class::Config));
     }
-    for name in [".env", "gateway.systemd.env", "config-journal-fingerprint.key"] {
+    for name in [".env", "gateway.systemd.env"] {
         let file = node.state_dir.join(name);
         if file.is_file() {
             roots.push(root(&format!("config-{}", name.trim_start_matches('.')), file, Class::Config));

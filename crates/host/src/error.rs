@@ -51,6 +51,7 @@ impl Error {
     }
 
     /// An I/O error with its kind read off the errno.
+    #[allow(clippy::wildcard_enum_match_arm)] // The standard library's list grows.
     pub fn io(what: impl Into<String>, e: &std::io::Error) -> Error {
         use std::io::ErrorKind as K;
         let kind = match e.kind() {

@@ -223,3 +223,108 @@ impl LockFile {
         String::from_utf8(read_bounded(path, LIMIT_BYTES).ok()?).ok()?.trim().parse().ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn dir() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_path_buf();
+        (dir, path)
+    }
+
+    #[test]
+    fn reading_is_bounded_and_never_blocks() {
+        let (_keep, dir) = dir();
+        let file = dir.join("file");
+        std::fs::write(&file, b"12345").unwrap();
+        assert_eq!(read_bounded(&file, 5).unwrap(), b"12345");
+        assert_eq!(read_bounded(&file, 4).unwrap_err().kind, Kind::Corrupt);
+        assert_eq!(read_bounded(&dir.join("none"), 4).unwrap_err().kind, Kind::NotFound);
+        assert!(read_bounded(&dir, 4).is_err());
+        assert!(read_bounded(Path::new("/dev/zero"), 4).is_err());
+        let pipe = dir.join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+        assert!(read_bounded(&pipe, 4).is_err());
+        assert!(!read_bounded(Path::new("/proc/self/stat"), 4096).unwrap().is_empty(), "length 0, yet full");
+    }
+
+    #[test]
+    fn a_write_is_whole_with_the_mode_asked_for_and_leaves_nothing_beside() {
+        let (_keep, dir) = dir();
+        let file = dir.join("file");
+        write_atomic(&file, b"one", 0o666).unwrap();
+        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o666, "whatever the mask");
+        write_atomic(&file, b"two", 0o600).unwrap();
+        assert_eq!(
+            (std::fs::read(&file).unwrap(), file.metadata().unwrap().mode() & 0o777),
+            (b"two".to_vec(), 0o600)
+        );
+        let victim = dir.join("victim");
+        std::fs::write(&victim, b"untouched").unwrap();
+        symlink(&victim, dir.join("link")).unwrap();
+        write_atomic(&dir.join("link"), b"x", 0o600).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"untouched", "a link is replaced, not followed");
+        assert_eq!(write_atomic(&dir.join("no/dir"), b"x", 0o600).unwrap_err().kind, Kind::NotFound);
+        std::fs::create_dir(dir.join("taken")).unwrap();
+        assert!(write_atomic(&dir.join("taken"), b"x", 0o600).is_err());
+        let mut names: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["file", "link", "taken", "victim"]);
+    }
+
+    #[test]
+    fn a_private_directory_is_ours_and_nobody_elses() {
+        let (_keep, dir) = dir();
+        let path = dir.join("a/b");
+        make_private_dir(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o700);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
+        make_private_dir(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o700);
+        symlink(&path, dir.join("link")).unwrap();
+        assert_eq!(make_private_dir(&dir.join("link")).unwrap_err().kind, Kind::Denied);
+        std::fs::write(dir.join("file"), b"").unwrap();
+        assert!(make_private_dir(&dir.join("file")).is_err());
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
+            let error = make_private_dir(&path).unwrap_err();
+            assert!(error.kind == Kind::Denied && error.hint.is_some(), "{error}");
+        } else {
+            assert_eq!(make_private_dir(Path::new("/")).unwrap_err().kind, Kind::Denied);
+        }
+    }
+
+    #[test]
+    fn a_lock_has_one_holder_and_ends_with_it() {
+        let (_keep, dir) = dir();
+        let path = dir.join("lock");
+        assert_eq!(LockFile::holder(&path), None);
+        let held = LockFile::try_take(&path).unwrap().unwrap();
+        assert_eq!(LockFile::holder(&path), Some(std::process::id()));
+        assert!(LockFile::try_take(&path).unwrap().is_none());
+        drop(held);
+        assert!(LockFile::try_take(&path).unwrap().is_some());
+        symlink(dir.join("victim"), dir.join("link")).unwrap();
+        assert!(LockFile::try_take(&dir.join("link")).is_err());
+    }
+
+    #[test]
+    fn room_and_size_are_told() {
+        let (_keep, dir) = dir();
+        let space = free(&dir.join("not/there/yet")).unwrap();
+        assert!(space.total_bytes >= space.free_bytes && space.free_inodes > 0);
+        assert!(same_fs(&dir, &dir.join("new")).unwrap());
+        assert!(!same_fs(&dir, Path::new("/proc")).unwrap());
+        std::fs::create_dir(dir.join("d")).unwrap();
+        std::fs::write(dir.join("d/f"), [1; 1_000]).unwrap();
+        symlink("/", dir.join("out")).unwrap();
+        let size = tree_size(&dir, 100).unwrap();
+        assert_eq!((size.entries, size.bytes, size.stopped), (4, 1_000, false));
+        let size = tree_size(&dir, 2).unwrap();
+        assert!(size.entries == 2 && size.stopped);
+        assert!(tree_size(&dir.join("none"), 2).is_err());
+    }
+}

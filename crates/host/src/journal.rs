@@ -18,6 +18,8 @@ use std::path::Path;
 
 /// Space written out in advance, and the step in which a file grows.
 pub const PREALLOCATED_BYTES: u64 = 1 << 20;
+/// The space left in a journal that was rewritten on a full disk: a handful of records.
+const TIGHT_BYTES: usize = 64 << 10;
 /// A journal never grows beyond this; long before it is rewritten.
 pub const FILE_LIMIT_BYTES: u64 = 16 << 20;
 /// One record: room for an incident's evidence, small enough to write in one go.
@@ -227,18 +229,33 @@ impl<D: Disk> Journal<D> {
             bytes.extend_from_slice(&frame.bytes);
             chain = frame.check;
         }
-        let end = bytes.len();
         // At least half of the space stays free, else the next rewrite is due at once.
         let step = usize::try_from(PREALLOCATED_BYTES).unwrap_or(usize::MAX);
-        let size = (end + step / 2).next_multiple_of(step);
+        let size = (bytes.len() + step / 2).next_multiple_of(step);
         if size as u64 > FILE_LIMIT_BYTES {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "more records than a journal may hold"));
         }
+        let end = bytes.len() as u64;
+        match Journal::write_sized(disk, &mut bytes, size) {
+            // A disk that is full, perhaps because of the old journal: a small one frees the old one's space.
+            Err(e) if e.kind() == io::ErrorKind::StorageFull && !records.is_empty() => {
+                let small = (usize::try_from(end).unwrap_or(size) + TIGHT_BYTES).min(size);
+                Journal::write_sized(disk, &mut bytes, small)?;
+            }
+            written => written?,
+        }
+        Ok(Fresh { end, capacity: bytes.len() as u64, chain })
+    }
+
+    fn write_sized(disk: &mut D, bytes: &mut Vec<u8>, size: usize) -> io::Result<()> {
         bytes.resize(size, 0);
         disk.create_next()?;
-        disk.write_at(Slot::Next, 0, &bytes)?;
-        disk.sync(Slot::Next)?;
-        Ok(Fresh { end: end as u64, capacity: size as u64, chain })
+        let written = disk.write_at(Slot::Next, 0, bytes).and_then(|()| disk.sync(Slot::Next));
+        if written.is_err() {
+            // What stays is made anew by the next attempt.
+            let _ = disk.discard_next();
+        }
+        written
     }
 }
 

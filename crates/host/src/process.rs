@@ -267,7 +267,6 @@ impl PidFd {
 
     /// How it ended, reaping it when it is our child; `None` while it runs. The status of a child is given once, later
     /// calls and other people's children give [`Ended::Unknown`].
-    #[must_use]
     pub fn reap(&self) -> Option<Ended> {
         let ended = self.look(WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
         if ended.is_some() {
@@ -461,4 +460,133 @@ pub fn owner_of(listener: &Listener, hint: &[u32]) -> Option<ProcessId> {
     };
     let pid = hint.iter().copied().find(holds).or_else(|| all_pids().into_iter().find(holds))?;
     ProcessId::of(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reap;
+    use std::net::TcpListener;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    fn sleeper() -> PidFd {
+        let mut cmd = Command::new("/bin/sleep");
+        cmd.arg("1000").env("PROCESS_TEST", "yes=no").stdin(Stdio::null()).current_dir("/");
+        let child = reap::spawn(&mut cmd).unwrap();
+        ProcessId::child(child.id()).unwrap()
+    }
+
+    fn end(fd: &PidFd) {
+        fd.signal(Signal::KILL).unwrap();
+        assert!(fd.wait(Deadline::after(Duration::from_secs(10))));
+        fd.reap();
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start_not_by_its_pid() {
+        let fd = sleeper();
+        let id = fd.id();
+        assert!(id.alive() && !fd.exited());
+        let stranger = ProcessId { start_ticks: id.start_ticks + 1, ..id };
+        assert!(!stranger.alive());
+        assert_eq!(stranger.open().unwrap_err().kind, Kind::NotFound);
+        assert!(!stranger.signal(Signal::KILL).unwrap(), "whoever has the pid now is left alone");
+        assert!((stranger.uid(), stranger.exe(), stranger.cgroup()) == (None, None, None));
+        assert!(stranger.open_files().is_empty() && !stranger.environ_has("PROCESS_TEST", "yes=no"));
+        assert!(id.alive());
+        end(&fd);
+        assert!(!id.alive() && !id.signal(Signal::TERM).unwrap());
+        assert_eq!(id.open().unwrap_err().kind, Kind::NotFound);
+    }
+
+    #[test]
+    fn a_zombie_is_not_alive_and_its_status_waits() {
+        let fd = sleeper();
+        fd.signal(Signal::TERM).unwrap();
+        assert!(fd.wait(Deadline::after(Duration::from_secs(10))));
+        assert!(!fd.id().alive());
+        assert_eq!(fd.peek(), Some(Ended::Signaled(15)));
+        assert_eq!(fd.reap(), Some(Ended::Signaled(15)));
+        assert_eq!(fd.reap(), Some(Ended::Unknown));
+    }
+
+    #[test]
+    fn waiting_keeps_its_deadline() {
+        let fd = sleeper();
+        let deadline = Deadline::after(Duration::from_millis(20));
+        assert!(!fd.wait(deadline) && deadline.passed());
+        assert_eq!(fd.reap(), None);
+        end(&fd);
+    }
+
+    #[test]
+    fn what_a_process_is_can_be_read() {
+        let fd = sleeper();
+        let id = fd.id();
+        // Between fork and exec it is still us: wait for the exec.
+        let deadline = Deadline::after(Duration::from_secs(10));
+        while !id.cmdline_contains("1000") && !deadline.passed() {
+            std::thread::yield_now();
+        }
+        assert_eq!(id.cmdline().last().map(String::as_str), Some("1000"));
+        assert_eq!(id.uid(), Some(rustix::process::getuid().as_raw()));
+        assert_eq!(id.cwd(), Some("/".into()));
+        assert!(id.exe().unwrap().is_absolute());
+        assert!(id.environ_has("PROCESS_TEST", "yes=no") && !id.environ_has("PROCESS_TEST", "yes"));
+        assert!(!id.traced());
+        assert!(id.open_files().iter().any(|(fd, to)| *fd == 0 && to.ends_with("null")));
+        let stat = id.stat().unwrap();
+        assert_eq!((stat.ppid, stat.threads), (std::process::id(), 1));
+        assert!(stat.rss_bytes > 0);
+        assert!(descendants(std::process::id()).contains(&id));
+        assert_eq!(descendants(id.pid), []);
+        fd.signal(Signal::STOP).unwrap();
+        while id.stat().is_some_and(|s| s.state != 'T') && !deadline.passed() {
+            std::thread::yield_now();
+        }
+        assert!(id.stat().unwrap().state == 'T' && id.alive());
+        end(&fd);
+    }
+
+    #[test]
+    fn a_name_made_to_confuse_does_not() {
+        let line = "77 (a) R 1 (b) c) S 5 6 7 0 -1 4194304 1 2 3 4 150 50 0 0 20 0 9 0 4711 1000 3 18446744073709551615";
+        let stat = parse_stat(line.as_bytes()).unwrap();
+        assert_eq!((stat.state, stat.ppid, stat.pgrp, stat.session), ('S', 5, 6, 7));
+        assert_eq!((stat.threads, stat.start_ticks), (9, 4711));
+        assert_eq!(stat.cpu_ms, 200 * 1_000 / rustix::param::clock_ticks_per_second());
+        assert_eq!(stat.rss_bytes, 3 * rustix::param::page_size() as u64);
+        for bad in
+            ["", "1", "1 (x", "1 (x)", "1 (x) S 1 2", "1 (x) S a b c d e f g h i j k l m n o p q r s t u v w"]
+        {
+            assert_eq!(parse_stat(bad.as_bytes()), None, "{bad:?}");
+        }
+        assert_eq!(parse_stat(&[0xff, b')', 0xfe]), None);
+    }
+
+    #[test]
+    fn a_listener_and_its_owner_are_found() {
+        let v4 = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let found = listeners(port);
+        let ours = found.iter().find(|l| l.addr == v4.local_addr().unwrap()).unwrap();
+        assert_eq!(ours.uid, rustix::process::getuid().as_raw());
+        let me = ProcessId::current().unwrap();
+        assert_eq!(owner_of(ours, &[me.pid]), Some(me));
+        assert_eq!(owner_of(ours, &[1]), Some(me), "a wrong hint costs only time");
+        drop(v4);
+        assert!(listeners(port).iter().all(|l| l.addr.ip().is_ipv6() || l.inode != ours.inode));
+        if let Ok(v6) = TcpListener::bind("[::1]:0") {
+            let addr = v6.local_addr().unwrap();
+            assert!(listeners(addr.port()).iter().any(|l| l.addr == addr));
+        }
+        assert_eq!(owner_of(&Listener { inode: u64::MAX, ..*ours }, &[]), None);
+    }
+
+    #[test]
+    fn mangled_socket_tables_are_passed_over() {
+        let text = "header\n garbage\n 0: 0100007F 00 0A\n 1: 0100007F:ZZZZ 0:0 0A 0 0 0 0 0 5\n 2: 01:0016 0:0 0A 0 0 0 0 0 5\n";
+        assert_eq!(parse_listeners(text, 22), []);
+    }
 }

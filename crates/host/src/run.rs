@@ -216,3 +216,19 @@ impl Stream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_those_of_the_user() {
+        let passwd = "root:x:0:0::/:/bin/sh\nclaw:x:1000:1000::/home/claw:/bin/sh\nbroken line\nother:x:7:7::/:/bin/sh\n";
+        let group = "root:x:0:\nclaw:x:1000:claw\naudio:x:29:other,claw\nvideo:x:44:clawed\ndocker:x:998:claw\nbad:x:x:claw\n:::\n";
+        let groups = |uid, gid| groups_from(Ids { uid, gid }, passwd, group);
+        assert_eq!(groups(1000, 1000), [1000, 29, 998]);
+        assert_eq!(groups(0, 0), [0]);
+        assert_eq!(groups(4242, 5), [5], "no account, no more than its own");
+        assert_eq!(groups_from(Ids { uid: 1000, gid: 1000 }, "", ""), [1000]);
+    }
+}

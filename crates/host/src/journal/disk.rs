@@ -32,6 +32,11 @@ pub trait Disk {
     /// # Errors
     /// When it cannot be made.
     fn create_next(&mut self) -> io::Result<()>;
+    /// Removes the next file, which could not be finished; its space may be needed.
+    ///
+    /// # Errors
+    /// When it stays.
+    fn discard_next(&mut self) -> io::Result<()>;
     /// Writes bytes at an offset; the file grows as needed.
     ///
     /// # Errors
@@ -134,6 +139,11 @@ impl Disk for FileDisk {
         }
         self.next = Some(open(&path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?);
         Ok(())
+    }
+
+    fn discard_next(&mut self) -> io::Result<()> {
+        self.next = None;
+        std::fs::remove_file(self.with(".next"))
     }
 
     fn write_at(&mut self, slot: Slot, offset: u64, bytes: &[u8]) -> io::Result<()> {

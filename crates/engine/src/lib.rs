@@ -31,11 +31,13 @@
 //!   or `Judge` runs, facts may be written (`Noticed`, `StartSeen`, `Escalated`) and the wait broken off: ask again.
 //! * A record that cannot be appended is *not* applied: set `journal_ok = false`, go on with the fold in memory
 //!   (and in `/run`), ask again. When the disk takes records again, write [`State::checkpoint`] first.
+//! * A fresh agent folds the journal and first writes [`State::wake`], if it gives a record.
 //! * `holding` is the step this very process spawned and has not yet killed. Nothing else is ever held.
 //! * A rung's work stops the gateway for certain before it touches what the gateway uses; the engine only asks
 //!   for starts. A start is asked for at most once per `Start`.
-//! * In an open incident every confirmed word of the judge is written, whatever the action; `clean` says whether
-//!   the damage is gone (true when there was none).
+//! * While hands are off, an incident is opened only if [`State::left_alone`] is false for that reason.
+//! * In an open incident the judge's words are written whatever the action, whenever [`State::wants_word`] says
+//!   so; `clean` says whether the damage is gone (true when there was none).
 //!
 //! # An incident
 //!
@@ -99,6 +101,9 @@ pub const LOOK_MS: u64 = 3_000;
 
 /// Time for the judge to confirm a good look: 3 probes over 5 s, and some air.
 pub const CONFIRM_MS: u64 = 10_000;
+
+/// A judge's good word decides for this long. Its agent may have died since, and the node may have fallen.
+pub const WORD_FRESH_MS: u64 = 12_000;
 
 /// Work attempts per turn: the second is for one that was lost with its agent or to a reboot. Bounds crash loops.
 pub const MAX_ATTEMPTS: u8 = 2;

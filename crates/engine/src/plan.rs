@@ -142,8 +142,8 @@ pub fn preview(ladder: &Ladder) -> Vec<Planned> {
 pub fn next(state: &State, ladder: &Ladder, now: Moment) -> Action {
     let ask = Ask { state, ladder, now, t: state.time_ms(now) };
     let Some(incident) = &state.incident else { return ask.idle(None) };
-    if state.last.is_some_and(|last| last.boot != now.boot) {
-        return ask.note(Event::Rebooted);
+    if let Some(record) = state.wake(now) {
+        return Action::Note { record };
     }
     if let Some(why) = &ladder.hands_off {
         return match ask.end_live(incident) {
@@ -211,7 +211,8 @@ impl Ask<'_> {
         if let Some(action) = self.alert(None) {
             return action;
         }
-        let stuck = self.state.stuck.iter().min_by_key(|stuck| stuck.tried_ms);
+        let same_boot = self.state.last.is_some_and(|last| last.boot == self.now.boot);
+        let stuck = self.state.stuck.iter().filter(|_| same_boot).min_by_key(|stuck| stuck.tried_ms);
         let kill_ms = stuck.map(|stuck| stuck.tried_ms.saturating_add(STUCK_RETRY_MS));
         if let (Some(stuck), Some(due)) = (stuck, kill_ms)
             && self.t >= due
@@ -267,7 +268,7 @@ impl Ask<'_> {
 
     /// The node serves, confirmed: what to write.
     fn good_end(&self, incident: &Incident, layer: Option<Layer>) -> Option<Action> {
-        if !incident.served() {
+        if !incident.served(self.t) {
             return None;
         }
         match &incident.word.as_ref()?.verdict {
@@ -351,6 +352,11 @@ impl Ask<'_> {
             let why = if climb.in_place { "the repair in place failed" } else { "every layer was tried" };
             return self.give_up(incident, climb, why);
         };
+        // A container that would not die gets one more chance in each climb before its layer is passed.
+        let stuck = self.state.stuck.iter().find(|stuck| stuck.layer == layer);
+        if let Some(stuck) = stuck.filter(|stuck| stuck.tried_ms < climb.began_ms) {
+            return Action::Kill { step: stuck.step, layer };
+        }
         let begun = self.ladder.applies(layer).and_then(|rung| {
             if incident.failed_inputs.contains(&(layer, rung.inputs)) {
                 return Err("it failed before on the same inputs".to_owned());
@@ -427,7 +433,13 @@ impl Ask<'_> {
                 let looked = self.t >= at_ms.saturating_add(LOOK_MS) || incident.fallen();
                 match (looked && !self.ladder.start_holds()).then(|| self.again(turn)).flatten() {
                     Some(action) => action,
-                    None => self.look(incident, turn, *at_ms, end_ms, "rebooted too often"),
+                    None => self.look(
+                        incident,
+                        turn,
+                        *at_ms,
+                        end_ms,
+                        "the reboot took its last attempt, or what it needs",
+                    ),
                 }
             }
         }
@@ -455,7 +467,7 @@ impl Ask<'_> {
             Err(NoStart::Later(free_ms)) => {
                 let least_ms = self.ladder.rung(turn.layer).map_or(0, |rung| rung.start_least_ms);
                 if free_ms.saturating_add(least_ms) <= turn.end_ms {
-                    return self.judge(Some(turn.layer), Look::Brief, free_ms);
+                    return self.idle(Some(free_ms));
                 }
                 "a further start would be the fourth within 300 s"
             }
@@ -524,7 +536,7 @@ impl Ask<'_> {
         } else {
             at_ms.saturating_add(look_ms).saturating_add(if good { CONFIRM_MS } else { 0 }).min(end_ms)
         };
-        let settled = incident.fallen() || (incident.served_but_damaged() && look == Look::InPlace);
+        let settled = incident.fallen() || (incident.damaged_again() && look == Look::InPlace);
         if self.t >= until_ms || (settled && !self.ladder.start_holds()) {
             return self.fail(turn, why);
         }
@@ -544,6 +556,9 @@ impl Ask<'_> {
                 if incident.fallen() {
                     return self.begin(incident, false, "it fell again".to_owned());
                 }
+                if incident.damaged_again() {
+                    return self.begin(incident, false, "the damage is back".to_owned());
+                }
                 let released = incident.word.as_ref().is_some_and(|word| match &word.verdict {
                     Verdict::Serving { degraded } => degraded.is_empty(),
                     Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => false,
@@ -561,14 +576,13 @@ impl Ask<'_> {
                 if let Some(action) = self.alert(None) {
                     return action;
                 }
-                let changed = hold.evidence != self.ladder.evidence;
+                let changed = hold.evidence != Some(self.ladder.evidence);
                 let gap_ms = hold.since_ms.saturating_add(EVIDENCE_GAP_MS);
                 let due_ms = if changed { gap_ms.min(hold.retry_ms) } else { hold.retry_ms };
                 if self.t >= due_ms && !self.ladder.start_holds() {
                     let full = self.t >= hold.retry_ms
                         && usize::try_from(incident.scheduled).is_ok_and(|climbs| climbs >= RETRY_MS.len());
-                    let why =
-                        if self.t >= hold.retry_ms { "it is time again" } else { "the evidence changed" };
+                    let why = if self.t >= hold.retry_ms { "it is time again" } else { "something changed" };
                     return self.begin(incident, full, why.to_owned());
                 }
                 Some(due_ms)
@@ -582,13 +596,6 @@ impl Ask<'_> {
 enum NoStart {
     Never(&'static str),
     Later(u64),
-}
-
-impl Incident {
-    /// The judge is sure that it serves, and that the damage is still there.
-    fn served_but_damaged(&self) -> bool {
-        self.word.as_ref().is_some_and(|word| word.confirmed && word.verdict.is_serving() && !word.clean)
-    }
 }
 
 /// Whose doing it is when the node serves in this turn: the layer's, once it has worked.

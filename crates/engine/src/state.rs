@@ -238,8 +238,8 @@ pub struct Hold {
     pub since_ms: u64,
     /// Engine time of the next climb (never, for a degraded node).
     pub retry_ms: u64,
-    /// Hash of the outer evidence then.
-    pub evidence: u64,
+    /// Hash of the outer evidence then; `None` after a reboot, which is new evidence by itself.
+    pub evidence: Option<u64>,
     /// The layer whose start was left alone and may still succeed, or whose doing the serving is.
     pub layer: Option<Layer>,
 }
@@ -340,6 +340,13 @@ impl State {
         })
     }
 
+    /// Whether the last incident was left alone for this very reason: while hands stay off for it, a caller opens
+    /// no other, so that the owner is told once and not by every restarted agent.
+    #[must_use]
+    pub fn left_alone(&self, why: &str) -> bool {
+        self.closed.as_ref().is_some_and(|closed| closed.outcome == Outcome::LeftAlone && closed.why == why)
+    }
+
     /// The record that escalates an open latent incident; `None` when there is none or it was escalated before.
     #[must_use]
     pub fn escalate(
@@ -352,6 +359,33 @@ impl State {
         let latent = self.incident.as_ref().is_some_and(|incident| incident.kind == IncidentKind::Latent);
         (latent && kind != IncidentKind::Latent)
             .then(|| Record::new(now, Event::Escalated { kind, cause: cause.into(), findings }))
+    }
+
+    /// The record with which an agent begins in a new boot under an open incident, before it writes anything
+    /// else; `None` when there is nothing to say. (`next` asks for the same.)
+    #[must_use]
+    pub fn wake(&self, now: Moment) -> Option<Record> {
+        let rebooted = self.last.is_some_and(|last| last.boot != now.boot);
+        (rebooted && self.incident.is_some()).then(|| Record::new(now, Event::Rebooted))
+    }
+
+    /// Whether a word of the judge is news to the open incident: it differs from the last one, or would close the
+    /// incident if that were not too old to count. Only confirmed words are ever news by themselves.
+    #[must_use]
+    pub fn wants_word(&self, now: Moment, verdict: &Verdict, confirmed: bool, clean: bool) -> bool {
+        let Some(incident) = self.incident.as_ref().filter(|_| confirmed) else { return false };
+        let Some(word) = &incident.word else { return true };
+        let same = word.verdict == *verdict && word.confirmed && word.clean == clean;
+        let degraded_hold = match &incident.stage {
+            Stage::Holding(hold) => hold.kind == HoldKind::Degraded,
+            Stage::Fresh | Stage::Climbing(_) => false,
+        };
+        let closes = match verdict {
+            Verdict::Serving { degraded } => degraded.is_empty() || !degraded_hold,
+            Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => false,
+        };
+        let t = self.time_ms(now);
+        !same || (closes && incident.served(word.at_ms) && !incident.served(t))
     }
 
     /// Engine time at `now`.

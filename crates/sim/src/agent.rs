@@ -9,8 +9,8 @@ use crate::prng::mix;
 use crate::world::{Gate, NEVER, World};
 use engine::state::Fate;
 use engine::{
-    Action, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder, Layer, Look, Record, Rung,
-    Stage, StartLook, State, Verdict,
+    Action, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder, Layer, Look, Record,
+    Rung, StartLook, State, Verdict,
 };
 
 /// Between two probes that confirm each other: three of them are the judge's 5 s.
@@ -66,8 +66,8 @@ pub struct Agent {
     holding: Option<u64>,
     journal_ok: bool,
     good: u8,
+    good_since: u64,
     bad: u8,
-    opened_hands_off: bool,
 }
 
 impl Agent {
@@ -83,7 +83,7 @@ impl Agent {
             }
         }
         let journal_ok = site.volatile.is_empty();
-        Ok(Agent { state, holding: None, journal_ok, good: 0, bad: 0, opened_hands_off: false })
+        Ok(Agent { state, holding: None, journal_ok, good: 0, good_since: 0, bad: 0 })
     }
 
     /// One turn of the loop.
@@ -92,14 +92,19 @@ impl Agent {
     /// When the agent dies in it, the machine reboots, or a checker speaks.
     pub fn turn(&mut self, site: &mut Site) -> Go {
         self.tend_journal(site)?;
+        if let Some(record) = self.state.wake(site.world.moment()) {
+            return self.write(site, record.event);
+        }
         while site.world.outer_starts > 0 {
-            site.world.outer_starts -= 1;
-            site.checks.outer_start(&site.world);
             self.write(site, Event::StartSeen { by: "another".to_owned() })?;
+            site.world.outer_starts -= 1;
         }
         let ladder = self.ladder(&site.world);
         let action = site.brain.next(&self.state, &ladder, site.world.moment());
         site.checks.action(&site.world, &ladder, &action)?;
+        if let (Some(trace), Action::Idle { .. } | Action::Judge { .. }) = (&mut site.trace, &action) {
+            trace.push(format!("{:>12} {action:?} {:?}", site.world.now, site.world.gate));
+        }
         match action {
             Action::Note { record } => self.put(site, record).map(|_| ()),
             Action::Spawn { intent, step, layer, .. } => self.spawn(site, intent, step, layer),
@@ -125,7 +130,9 @@ impl Agent {
                     site.checks.handed(&site.world, key, &result)?;
                 }
                 let result = match result {
-                    AlertResult::Refused { .. } if site.brain.is(Mutant::RefusedIsQueued) => AlertResult::Queued,
+                    AlertResult::Refused { .. } if site.brain.is(Mutant::RefusedIsQueued) => {
+                        AlertResult::Queued
+                    }
                     AlertResult::Refused { .. } | AlertResult::Accepted | AlertResult::Queued => result,
                 };
                 self.write(site, Event::AlertDone { key, result })
@@ -232,10 +239,16 @@ impl Agent {
             return Ok(false);
         }
         if let Err(illegal) = site.brain.apply(&mut self.state, &record) {
-            return Err(site.checks.fail("legality", site.world.now, &format!("{illegal}: {record:?}")).into());
+            return Err(site
+                .checks
+                .fail("legality", site.world.now, &format!("{illegal}: {record:?}"))
+                .into());
         }
         if let Some(trace) = &mut site.trace {
-            trace.push(format!("{:>12} {:?}", site.world.now, record.event));
+            trace.push(format!(
+                "{:>12} {}:{:<9} {:?}",
+                site.world.now, record.at.boot, record.at.ms, record.event
+            ));
         }
         let seen = site.checks.record(&site.world, &record, self.journal_ok);
         if self.journal_ok {
@@ -374,10 +387,14 @@ impl Agent {
             }
             Gate::Starting { .. } | Gate::Hung | Gate::Serving { .. } => {
                 if world.probe() {
+                    if self.good == 0 {
+                        self.good_since = world.now;
+                    }
                     (self.good, self.bad) = (self.good.saturating_add(1).min(SURE), 0);
+                    let sure = self.good >= SURE && world.now >= self.good_since + 2 * PROBE_MS;
                     let silent = world.degraded_until > world.now;
                     let degraded = if silent { vec!["channels".to_owned()] } else { Vec::new() };
-                    (Verdict::Serving { degraded }, self.good >= SURE)
+                    (Verdict::Serving { degraded }, sure)
                 } else {
                     (self.good, self.bad) = (0, self.bad.saturating_add(1).min(SURE));
                     (Verdict::NotServing { why: "no answer".to_owned() }, self.bad >= SURE)
@@ -430,9 +447,6 @@ impl Agent {
         let stop = until.min(site.world.now.saturating_add(STRIDE_MS));
         loop {
             let (verdict, sure) = self.look(site);
-            if !site.world.hands_off {
-                self.opened_hands_off = false;
-            }
             if self.daily(site, verdict, sure)? || site.world.now >= stop {
                 return Ok(());
             }
@@ -455,7 +469,8 @@ impl Agent {
     fn daily(&mut self, site: &mut Site, verdict: Verdict, sure: bool) -> Go<bool> {
         let world = &site.world;
         let fell = sure && !verdict.is_serving();
-        let seen_damage = world.broken.as_ref().filter(|broken| !broken.hidden).map(|broken| broken.interrupts);
+        let seen_damage =
+            world.broken.as_ref().filter(|broken| !broken.hidden).map(|broken| broken.interrupts);
         let clean = world.broken.is_none();
         let Some(incident) = &self.state.incident else {
             let kind = match (fell, seen_damage) {
@@ -465,7 +480,7 @@ impl Agent {
                 (false, Some(_) | None) => return Ok(false),
             };
             // Under hands off, one incident tells that it is left alone.
-            if world.hands_off && std::mem::replace(&mut self.opened_hands_off, true) {
+            if world.hands_off && self.state.left_alone("paused") {
                 return Ok(false);
             }
             let record = self.state.open(world.moment(), kind, "seen", vec![finding()]);
@@ -478,12 +493,7 @@ impl Agent {
             self.escalate(site)?;
             return Ok(true);
         }
-        let holding = matches!(incident.stage, Stage::Holding(_));
-        let known = incident
-            .word
-            .as_ref()
-            .is_some_and(|word| word.verdict == verdict && word.confirmed == sure && word.clean == clean);
-        if holding && sure && !known {
+        if self.state.wants_word(site.world.moment(), &verdict, sure, clean) {
             self.write(site, Event::Judged { verdict, confirmed: sure, clean })?;
             return Ok(true);
         }

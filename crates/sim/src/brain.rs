@@ -198,7 +198,9 @@ impl Brain {
                 }
             }
             (Mutant::GreedyWork, Action::Spawn { intent, deadline: told, .. }) => {
-                if let (Event::Intent { deadline, turn_ms, .. }, Some(climb)) = (&mut intent.event, state.climb()) {
+                if let (Event::Intent { deadline, turn_ms, .. }, Some(climb)) =
+                    (&mut intent.event, state.climb())
+                {
                     let spent_ms = state.time_ms(now).saturating_sub(climb.began_ms);
                     *turn_ms = engine::CLIMB_WORK_MS.saturating_sub(spent_ms);
                     *deadline = now.plus_ms(*turn_ms);
@@ -242,7 +244,9 @@ impl Brain {
             (Mutant::DegradedIsWhole, Event::Judged { verdict: Verdict::Serving { degraded }, .. }) => {
                 degraded.clear();
             }
-            (Mutant::ExitCodeBlamed, Event::Emptied { claim, .. }) if self.code.is_some_and(|code| code != 0) => {
+            (Mutant::ExitCodeBlamed, Event::Emptied { claim, .. })
+                if self.code.is_some_and(|code| code != 0) =>
+            {
                 *claim = Claim::Nothing { why: "it exited badly".to_owned() };
             }
             (Mutant::StartAnyway, Event::Emptied { step, claim, .. }) => {

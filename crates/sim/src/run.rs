@@ -85,7 +85,8 @@ fn story(site: &mut Site, horizon: u64) -> Result<(), Violation> {
     loop {
         turn(site, &mut agent, &mut turns)?;
         let world = &site.world;
-        let whole = world.serving() && world.broken.is_none() && !world.containers.iter().any(|one| !one.foreign);
+        let whole =
+            world.serving() && world.broken.is_none() && !world.containers.iter().any(|one| !one.foreign);
         if whole && agent.as_ref().is_some_and(Agent::settled) {
             break;
         }

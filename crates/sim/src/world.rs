@@ -196,7 +196,7 @@ pub struct World {
     pub enabled: bool,
     /// What is still to come, latest first.
     pub injections: Vec<(u64, Inject)>,
-    lies: u8,
+    honest: u8,
 }
 
 impl World {
@@ -237,7 +237,7 @@ impl World {
             served: (0, 0),
             enabled: true,
             injections: Vec::new(),
-            lies: 0,
+            honest: 2,
         }
     }
 
@@ -465,14 +465,15 @@ impl World {
         };
     }
 
-    /// One probe: whether it seems to serve. Sometimes wrong, but never three times in a row.
+    /// One probe: whether it seems to serve. Sometimes wrong, but never
+    /// twice within three.
     pub fn probe(&mut self) -> bool {
         let truth = self.serving();
-        if self.lies < 2 && self.rng.chance(self.faults.false_probe) {
-            self.lies += 1;
+        if self.honest >= 2 && self.rng.chance(self.faults.false_probe) {
+            self.honest = 0;
             return !truth;
         }
-        self.lies = 0;
+        self.honest = self.honest.saturating_add(1);
         truth
     }
 

@@ -3,9 +3,11 @@
 //! Guarantees of every command: what it only reads it leaves as it is, down to the directories; with `--json` there is
 //! exactly one object, also on failure; the exit code says what the last line says.
 
+mod accept;
 mod alerts;
 mod check;
 mod desk;
+mod gateway;
 mod generated;
 mod incidents;
 mod judging;
@@ -13,6 +15,7 @@ mod key;
 mod pausing;
 mod readiness;
 mod snapshots;
+mod status;
 
 use crate::cli::{AlertCommand, Cli, Command, KeyCommand};
 use crate::config::{self, Config};
@@ -33,11 +36,14 @@ pub fn open(cli: &Cli) -> Result<(Config, Places)> {
 pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
     let desk = || open(cli).map(|(config, places)| Desk { config, places, printer });
     match &cli.command {
+        Command::Status => status::run(&desk()?),
         Command::Check => check::run(&desk()?),
         Command::Snapshot(what) => snapshots::run(&desk()?, what),
         Command::Incidents(what) => incidents::run(&desk()?, what),
         Command::Pause(options) => pausing::pause(&desk()?, options),
         Command::Resume => pausing::resume(&desk()?),
+        Command::Accept => accept::run(&desk()?),
+        Command::Node(what) => gateway::run(&desk()?, what),
         Command::Alert(AlertCommand::Test) => alerts::test(&desk()?),
         Command::Key(KeyCommand::Export) => key::export(&desk()?),
         Command::Completions { shell } => generated::completions(*shell, printer),

@@ -1,0 +1,213 @@
+//! `koboshi status`: one screen. With a running agent it is the agent's view; without one the node is looked at here.
+
+use super::desk::{Desk, Fields, ago, date, findings_json, newest_first, seconds, verdict_name, verdict_why};
+use super::{alerts, check, incidents, judging, readiness};
+use crate::agent::status::Status;
+use crate::print::{Exit, bytes, duration};
+use crate::{space, step};
+use engine::{Class, Verdict};
+use host::clock;
+use host::process::ProcessId;
+use host::{Error, Result};
+use node::Node;
+use serde_json::Value;
+use store::SnapshotInfo;
+
+/// Incidents on the screen; `koboshi incidents list` shows all.
+const INCIDENTS: usize = 5;
+/// The agent publishes at least every 30 s while its loop turns; an older word than this is not its word of now.
+const FRESH_MS: u64 = 90_000;
+
+/// What the store says.
+#[derive(Debug, Default)]
+struct Kept {
+    snapshots: Vec<SnapshotInfo>,
+    bytes: u64,
+    limit_bytes: u64,
+    trouble: Option<Error>,
+}
+
+/// One screen.
+pub(super) fn run(desk: &Desk) -> Result<Exit> {
+    let node = desk.node()?;
+    let agent = desk.agent();
+    let status = desk.status();
+    let fresh = status.clone().filter(|s| clock::now().since_ms(s.at).is_some_and(|ms| ms < FRESH_MS));
+    let verdict = match &fresh {
+        Some(status) => status.verdict.clone(),
+        None => judging::look(desk, &node, &mut judging::judge(desk)).verdict,
+    };
+    let (state, _) = desk.book()?;
+    let emergency = state.in_emergency();
+    let kept = kept(desk);
+    let disk = readiness::look(desk, &node);
+    let layers = readiness::layers(&node, &disk);
+    let recent = incidents::newest(desk, INCIDENTS)?;
+
+    head(desk, &node, &verdict, fresh.as_ref());
+    agent_lines(desk, agent, status.as_ref(), fresh.is_some());
+    if let Some(why) = desk.hands_off() {
+        desk.printer.line(format!("hands off  {why}"));
+    }
+    if let Some(open) = status.as_ref().and_then(|s| s.incident.as_ref()) {
+        let word = if open.emergency { "EMERGENCY" } else { "incident " };
+        desk.printer.line(format!("{word}  {}: {}; {}", open.id, open.cause, open.doing));
+    }
+    desk.printer.line("layers");
+    readiness::print(desk, &layers);
+    snapshot_lines(desk, &kept);
+    told_lines(desk, &node);
+    incident_lines(desk, &recent);
+
+    let object = Fields::default()
+        .put("node", check::node_json(&node))
+        .put("verdict", if emergency { "emergency" } else { verdict_name(&verdict) })
+        .maybe("why", verdict_why(&verdict))
+        .put("agent", agent_json(agent, status.as_ref()))
+        .put("manager", desk.manager(&node))
+        .maybe("hands_off", desk.hands_off())
+        .maybe("gateway_pid", node.gateway().map(|id| id.pid))
+        .put("layers", readiness::json(&layers))
+        .put("snapshots", kept_json(&kept))
+        .put("findings", findings_json(&disk.findings))
+        .put("alert_channels", desk.config.alert.len())
+        .put("incidents", recent.iter().map(|o| incidents::json(o, false)).collect::<Vec<_>>());
+    desk.printer.object(object.done());
+    Ok(if emergency { Exit::Emergency } else { check::exit(&verdict) })
+}
+
+fn head(desk: &Desk, node: &Node, verdict: &Verdict, status: Option<&Status>) {
+    let p = desk.printer;
+    p.line(check::headline(desk, node, verdict));
+    let version = node.package_version().map_or_else(|| "OpenClaw (no readable package)".to_owned(), |v| format!("OpenClaw {v}"));
+    let process = node.gateway().map_or_else(|| "no gateway process".to_owned(), |id| format!("process {}", id.pid));
+    let since = status
+        .and_then(|s| s.serving_since)
+        .and_then(|at| clock::now().since_ms(at))
+        .map_or_else(String::new, |ms| format!(", serving for {}", duration(ms)));
+    p.line(format!("node       {version}, port {}, user {}, {process}{since}", node.port, node.user));
+}
+
+fn agent_lines(desk: &Desk, agent: Option<ProcessId>, status: Option<&Status>, fresh: bool) {
+    let p = desk.printer;
+    match (agent, status) {
+        (None, _) => {
+            p.line(format!("agent      {}: nothing would put the node right", p.red("not running")));
+            p.line("           fix: koboshi install, or run koboshi guard");
+        }
+        (Some(id), None) => p.line(format!("agent      process {}, just begun", id.pid)),
+        (Some(id), Some(s)) => {
+            let stale = if fresh { "" } else { ", silent for over 90 s" };
+            p.line(format!("agent      process {}, {} mode, {}; {}{stale}", id.pid, s.mode, s.manager, s.containers));
+            if let Some(trouble) = &s.trouble {
+                p.line(format!("           {} {trouble}", p.yellow("trouble:")));
+            }
+        }
+    }
+}
+
+fn agent_json(agent: Option<ProcessId>, status: Option<&Status>) -> Value {
+    Fields::default()
+        .put("running", agent.is_some())
+        .maybe("pid", agent.map(|id| id.pid))
+        .maybe("version", status.map(|s| s.agent_version.clone()))
+        .maybe("mode", status.map(|s| s.mode.clone()))
+        .maybe("containers", status.map(|s| s.containers.clone()))
+        .maybe("confirmed", status.map(|s| s.confirmed))
+        .maybe("settled", status.map(|s| s.settled))
+        .maybe("trouble", status.and_then(|s| s.trouble.clone()))
+        .maybe("doing", status.and_then(|s| s.incident.as_ref()).map(|i| i.doing.clone()))
+        .done()
+}
+
+fn kept(desk: &Desk) -> Kept {
+    let read = || -> Result<Kept> {
+        let limit_bytes = space::limit_bytes(&desk.config, &desk.places)?;
+        let Some(store) = step::open_store(&desk.places)? else {
+            return Ok(Kept { limit_bytes, ..Kept::default() });
+        };
+        Ok(Kept { snapshots: newest_first(&store)?, bytes: store.size()?.bytes, limit_bytes, trouble: None })
+    };
+    read().unwrap_or_else(|e| Kept { trouble: Some(e), ..Kept::default() })
+}
+
+fn newest_good(kept: &Kept) -> Option<&SnapshotInfo> {
+    kept.snapshots.iter().find(|i| i.trust.trusted())
+}
+
+fn snapshot_lines(desk: &Desk, kept: &Kept) {
+    let p = desk.printer;
+    if let Some(e) = &kept.trouble {
+        p.line(format!("snapshots  {}: {}", p.red("the store cannot be used"), e));
+        if let Some(hint) = &e.hint {
+            p.line(format!("           fix: {hint}"));
+        }
+        return;
+    }
+    let disk = format!("{} of at most {}", bytes(kept.bytes), bytes(kept.limit_bytes));
+    let good = match newest_good(kept) {
+        Some(info) => format!("newest good {} taken {}", info.id, ago(info.taken)),
+        None => p.yellow("none is good yet"),
+    };
+    p.line(format!("snapshots  {} kept, {good}; {disk}", kept.snapshots.len()));
+    if let Some(info) = newest_good(kept) {
+        let ages: Vec<String> = info
+            .classes
+            .iter()
+            .map(|(class, c)| format!("{class} {}", seconds(age_s(c.taken))))
+            .collect();
+        p.line(format!("           good copies seen: {}", ages.join(", ")));
+    }
+}
+
+fn age_s(at: jiff::Timestamp) -> u64 {
+    u64::try_from(clock::wall().as_second() - at.as_second()).unwrap_or(0)
+}
+
+fn kept_json(kept: &Kept) -> Value {
+    let good = newest_good(kept);
+    let ages = good.map(|info| {
+        info.classes
+            .iter()
+            .map(|(class, c): (&Class, _)| (class.name().to_owned(), Value::from(age_s(c.taken))))
+            .collect::<serde_json::Map<String, Value>>()
+    });
+    Fields::default()
+        .put("count", kept.snapshots.len())
+        .maybe("newest_good", good.map(|i| i.id.clone()))
+        .maybe("good_age_s", ages)
+        .put("store_bytes", kept.bytes)
+        .put("limit_bytes", kept.limit_bytes)
+        .maybe("trouble", kept.trouble.as_ref().map(ToString::to_string))
+        .done()
+}
+
+/// Who would be told. Whether a channel ever worked is remembered in the outbox.
+fn told_lines(desk: &Desk, node: &Node) {
+    let p = desk.printer;
+    if desk.config.alert.is_empty() {
+        p.line(format!("alerts     {}: only files on this machine are written", p.yellow("nobody would be told")));
+        return;
+    }
+    let outbox = desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
+    let words: Vec<String> = alerts::channels(desk, Some(&node.home))
+        .iter()
+        .filter(|c| !c.is_local())
+        .map(|c| match outbox.as_ref().and_then(|o| o.proven(c)) {
+            Some(at) => format!("{} (worked {})", c.name(), date(&at)),
+            None => format!("{} (never tried: koboshi alert test)", c.name()),
+        })
+        .collect();
+    p.line(format!("alerts     {}", words.join(", ")));
+}
+
+fn incident_lines(desk: &Desk, recent: &[incidents::One]) {
+    let p = desk.printer;
+    if recent.is_empty() {
+        p.line("incidents  none on record");
+        return;
+    }
+    p.line("incidents");
+    let rows: Vec<Vec<String>> = recent.iter().map(incidents::row).collect();
+    p.table(&["id", "opened (UTC)", "outcome", "layer", "down", "cause"], &rows);
+}

@@ -366,6 +366,8 @@ mod tests {
         assert_eq!(pick("4").as_deref(), Some("4.0.0"), "a deprecated one if there is nothing else");
         assert_eq!(pick("5"), None);
         assert_eq!(pick("nosuchtag"), None);
+        let doc = packument("2.1.0", &[("2.0.0", ""), ("2.1.0", gone)]);
+        assert_eq!(picked(&doc, "2").as_deref(), Some("2.0.0"), "a deprecated latest is no reason");
         let doc = packument("1.0.0", &[("1.0.0", ""), ("2.9.0", ""), ("2.10.0", ""), ("2.11.0", gone)]);
         assert_eq!(picked(&doc, "2").as_deref(), Some("2.10.0"), "by number, not by text; deprecated last");
     }

@@ -84,6 +84,7 @@ impl Embedded {
         }
         match id.open() {
             Ok(fd) if id.alive() => {
+                fd.keep();
                 self.running = Some(fd);
                 self.entered(None, false);
                 true

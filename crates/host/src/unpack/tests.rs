@@ -132,6 +132,7 @@ fn hostile_archives_write_nothing() {
         ("link out, deeper", vec![s("package/a/l", "../../evil")]),
         ("absolute link", vec![s("package/l", "/etc")]),
         ("link climbing late", vec![s("package/a/b", "c/../../../evil")]),
+        ("link climbing through another", vec![s("package/d/k", "."), s("package/d/l", "k/../../evil")]),
         ("empty link", vec![s("package/l", "")]),
         ("through a link", vec![s("package/l", "."), file("package/l/x", "x")]),
         (

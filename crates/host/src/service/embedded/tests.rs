@@ -227,6 +227,12 @@ fn held_is_not_started() {
 }
 
 #[test]
+fn no_two_starts_share_a_mark() {
+    let marks: BTreeSet<String> = (0..1_000).map(|_| unique_mark()).collect();
+    assert_eq!(marks.len(), 1_000);
+}
+
+#[test]
 fn the_log_is_kept_within_bounds() {
     let bench = Bench::new(true);
     let mut gateway = bench.embedded(POLITE);

@@ -575,7 +575,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
 }
 
 /// Whether a start with this on the disk would fail or do harm.
-fn keeps_from_starting(finding: &Finding) -> bool {
+pub(crate) fn keeps_from_starting(finding: &Finding) -> bool {
     match finding.kind {
         FaultKind::FilesDamaged
         | FaultKind::ConfigBroken

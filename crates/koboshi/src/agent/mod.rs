@@ -6,7 +6,7 @@
 
 pub mod book;
 mod daily;
-mod incident;
+pub(crate) mod incident;
 mod prober;
 pub mod runner;
 pub mod status;
@@ -689,7 +689,7 @@ impl Agent {
     }
 }
 
-fn strength(strength: &Strength) -> String {
+pub(crate) fn strength(strength: &Strength) -> String {
     match strength {
         Strength::CgroupV2 { memory, pids } => format!(
             "cgroup v2, memory {}, pids {}",

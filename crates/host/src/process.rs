@@ -265,6 +265,14 @@ impl PidFd {
         }
     }
 
+    /// Keeps its status for [`PidFd::reap`] if it is our child though we did not start it here: an agent that is PID 1
+    /// and replaced its own program has children that its list of them forgot.
+    pub fn keep(&self) {
+        if self.id.stat().is_some_and(|s| s.ppid == std::process::id()) {
+            reap::remember(self.id.pid);
+        }
+    }
+
     /// How it ended, reaping it when it is our child; `None` while it runs. The status of a child is given once, later
     /// calls and other people's children give [`Ended::Unknown`].
     pub fn reap(&self) -> Option<Ended> {

@@ -26,6 +26,11 @@ pub(crate) fn spawn(cmd: &mut Command) -> std::io::Result<Child> {
     Ok(child)
 }
 
+/// Somebody here waits for this child after all.
+pub(crate) fn remember(pid: u32) {
+    children().insert(pid);
+}
+
 /// The child has been reaped by its owner.
 pub(crate) fn forget(pid: u32) {
     children().remove(&pid);

@@ -78,15 +78,15 @@ fn at_the_deadline_a_step_is_left_running_until_it_is_killed() {
 
 /// Each of these tries to outlive its step, in one shell line; `T` is the token.
 const ESCAPES: [(&str, &str); 6] = [
-    ("a child", "sleep T & sleep T"),
-    ("a new session", "setsid sleep T & exec sleep T"),
+    ("a child", "sleep @T & sleep @T"),
+    ("a new session", "setsid sleep @T & exec sleep @T"),
     (
         "a double fork with a new session and no environment",
-        "(env -i setsid sh -c 'sleep T & exit' &) ; exec sleep T",
+        "(env -i setsid sh -c 'sleep @T & exit' &) ; exec sleep @T",
     ),
-    ("a double fork whose first process is gone", "(env -i setsid sleep T &) ; exit 0"),
-    ("signals ignored", "trap '' TERM HUP INT QUIT; sleep T & while :; do sleep T; done"),
-    ("a stopped process", "sleep T & kill -STOP $!; exec sleep T"),
+    ("a double fork whose first process is gone", "(env -i setsid sleep @T &) ; exit 0"),
+    ("signals ignored", "trap '' TERM HUP INT QUIT; sleep @T & while :; do sleep @T; done"),
+    ("a stopped process", "sh -c 'kill -STOP $$; exit' @T & exec sleep @T"),
 ];
 
 #[test]
@@ -97,7 +97,7 @@ fn nothing_gets_out_of_a_step() {
     }
     for (what, script) in ESCAPES {
         let token = token();
-        let script = script.replace('T', &token);
+        let script = script.replace("@T", &token);
         let mut step = node.containers.spawn(&shell(&script, &format!("m-{token}")), "s").unwrap();
         until(what, || !with_token(&token).iter().all(|p| *p == step.id()));
         let emptied = step.kill(soon()).unwrap();
@@ -347,4 +347,60 @@ fn a_tool_is_bounded_in_time_and_output_and_leaves_no_one() {
     let out = run(&sh("kill -15 $$"), soon()).unwrap();
     assert_eq!((out.status, out.signal), (None, Some(15)));
     assert_eq!(run(&Cmd::new("/no/such", [""]), soon()).unwrap_err().kind, Kind::NotFound);
+}
+
+/// Set in the process that plays the agent: the node's name, its run directory, the token.
+const AGENT_ENV: &str = "CONTAINER_TEST_AGENT";
+
+/// Not a test by itself: what the agent of the next test does before it is killed.
+#[test]
+fn as_the_agent() {
+    let Ok(text) = std::env::var(AGENT_ENV) else { return };
+    let mut parts = text.split('|');
+    let mut part = || parts.next().unwrap();
+    let (name, run_dir, token) = (part(), part(), part());
+    let containers = Containers::open(name, run_dir.as_ref()).unwrap();
+    let sleep = |mark: &str| shell(&format!("setsid sleep {token} & exec sleep {token}"), mark);
+    let (gateway, _fd) = containers.spawn_gateway(&sleep("gateway")).unwrap();
+    let _step = containers.spawn(&sleep("step"), "half-way").unwrap();
+    std::fs::write(format!("{run_dir}/gateway-id"), serde_json::to_vec(&gateway).unwrap()).unwrap();
+    // To be killed here.
+    let _ = run(&Cmd::new("/bin/sleep", ["1000"]), Deadline::after(Duration::from_secs(60)));
+}
+
+#[test]
+fn a_killed_agent_takes_neither_gateway_nor_proof_along() {
+    let node = node();
+    let token = token();
+    let me = std::env::current_exe().unwrap();
+    let told = format!("{}|{}|{token}", node.name, node.run_dir().display());
+    let agents = Node::new(|name, run| Containers::open(name, run).unwrap());
+    let spec = Spec {
+        program: me.into(),
+        args: ["as_the_agent", "--exact", "--nocapture"].map(Into::into).to_vec(),
+        env: vec![(AGENT_ENV.into(), told.into())],
+        mark: "agent".into(),
+        ..Spec::default()
+    };
+    let mut agent = agents.containers.spawn(&spec, "agent").unwrap();
+    let id_path = node.run_dir().join("gateway-id");
+    until("the agent's children", || id_path.exists() && with_token(&token).len() == 4);
+    agent.id().signal(rustix::process::Signal::KILL).unwrap();
+    assert_eq!(agent.wait(soon()), Ended::Signaled(9));
+    assert_eq!(with_token(&token).len(), 4, "an agent's death ends nobody");
+
+    // The next agent adopts the gateway by its identity and ends the half-done step.
+    let next = Containers::open(&node.name, &node.run_dir()).unwrap();
+    let gateway: ProcessId = serde_json::from_slice(&std::fs::read(&id_path).unwrap()).unwrap();
+    let adopted = gateway.open().unwrap();
+    assert_eq!(next.leftovers(), ["half-way"]);
+    assert!(next.kill("half-way", soon()).unwrap().killed >= 2);
+    assert_eq!(with_token(&token).len(), 2);
+    assert!(gateway.alive() && !adopted.exited());
+    next.kill_gateway(soon()).unwrap();
+    assert!(adopted.wait(soon()));
+    // Nobody's status is ours to read but our children's; we are its parent only where we are subreaper.
+    assert!(matches!(adopted.reap(), Some(Ended::Unknown | Ended::Signaled(9))));
+    assert_eq!(with_token(&token), []);
+    agent.kill(soon()).unwrap();
 }

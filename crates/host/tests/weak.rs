@@ -21,17 +21,17 @@ fn node() -> Node {
 }
 
 fn start(node: &Node, script: &str, token: &str) -> Step {
-    let script = script.replace('T', token);
+    let script = script.replace("@T", token);
     node.containers.spawn(&shell(&script, &format!("m-{token}")), "s").unwrap()
 }
 
 const ESCAPES: [(&str, &str); 6] = [
-    ("a child", "sleep T & sleep T"),
-    ("a new session", "setsid sleep T & exec sleep T"),
-    ("a double fork that keeps its environment", "(setsid sleep T &) ; exit 0"),
-    ("a double fork with a new session and no environment", "(env -i setsid sleep T &) ; exec sleep 1000"),
-    ("the same, its parents gone", "(env -i setsid sleep T &) ; exit 0"),
-    ("signals ignored", "trap '' TERM HUP INT QUIT; sleep T & while :; do sleep T; done"),
+    ("a child", "sleep @T & sleep @T"),
+    ("a new session", "setsid sleep @T & exec sleep @T"),
+    ("a double fork that keeps its environment", "(setsid sleep @T &) ; exit 0"),
+    ("a double fork with a new session and no environment", "(env -i setsid sleep @T &) ; exec sleep 1000"),
+    ("the same, its parents gone", "(env -i setsid sleep @T &) ; exit 0"),
+    ("signals ignored", "trap '' TERM HUP INT QUIT; sleep @T & while :; do sleep @T; done"),
 ];
 
 #[test]
@@ -77,7 +77,7 @@ fn with_a_gateway_beside_it_an_unmarked_orphan_is_not_claimed() {
     let script = format!("(env -i setsid sleep {daemon} &) ; exec sleep {gateway}");
     let began = node.containers.spawn_gateway(&shell(&script, "g")).unwrap();
     until("the gateway and its helper", || with_token(&gateway).len() == 1 && with_token(&daemon).len() == 1);
-    let mut step = start(&node, "sleep T & exec sleep T", &theirs);
+    let mut step = start(&node, "sleep @T & exec sleep @T", &theirs);
     until("the step", || with_token(&theirs).len() == 2);
     step.kill(soon()).unwrap();
     assert_eq!(with_token(&theirs), []);
@@ -97,7 +97,7 @@ fn an_escape_that_was_seen_before_it_escaped_is_known() {
     let (_, pidfd) = node.containers.spawn_gateway(&shell(&format!("exec sleep {gateway}"), "g")).unwrap();
     let go = node.dir.path().join("go");
     let script = format!(
-        "(env -i setsid sleep T; true) & while [ ! -e {} ]; do sleep 0.01; done; kill -9 $!",
+        "(env -i setsid sleep @T; true) & while [ ! -e {} ]; do sleep 0.01; done; kill -9 $!",
         go.display()
     );
     let mut step = start(&node, &script, &token);
@@ -118,7 +118,7 @@ fn leftovers_of_a_dead_agent_are_known_by_their_mark() {
     let _one = alone();
     let node = node();
     let token = token();
-    let step = start(&node, "(setsid sleep T &) ; exec sleep T", &token);
+    let step = start(&node, "(setsid sleep @T &) ; exec sleep @T", &token);
     until("two sleepers", || with_token(&token).len() == 2);
     drop(step);
     let next = Containers::open_weak(&node.name, &node.run_dir(), "next agent").unwrap();
@@ -134,7 +134,7 @@ fn what_does_not_die_in_time_is_named() {
     let _one = alone();
     let node = node();
     let token = token();
-    let mut step = start(&node, "exec sleep T", &token);
+    let mut step = start(&node, "exec sleep @T", &token);
     until("the sleeper", || with_token(&token).len() == 1);
     let passed = Deadline::after(Duration::ZERO);
     match step.kill(passed) {
@@ -163,5 +163,27 @@ fn orphans_are_reaped_and_nobodys_status_is_stolen() {
     });
     assert!(!reaped.contains(&step.id().pid));
     assert_eq!(step.wait(soon()), Ended::Exited(5), "the status was left for us");
+    step.kill(soon()).unwrap();
+}
+
+#[test]
+fn an_adopted_childs_status_is_kept() {
+    let _one = alone();
+    let node = node();
+    let token = token();
+    // An orphan that comes to us, as the gateway of an agent that replaced its program is our child without our knowing.
+    let mut step = start(&node, "(setsid sh -c 'sleep @T; exit 4' &) ; exit 0", &token);
+    until("the orphan", || {
+        with_token(&token).iter().any(|p| p.stat().is_some_and(|s| s.ppid != step.id().pid))
+    });
+    let sleeper = with_token(&token).into_iter().find(|p| p.cmdline().len() == 2).unwrap();
+    let shell = host::process::ProcessId::of(sleeper.stat().unwrap().ppid).unwrap();
+    until("ours", || shell.stat().is_some_and(|s| s.ppid == std::process::id()));
+    let adopted = shell.open().unwrap();
+    adopted.keep();
+    sleeper.signal(rustix::process::Signal::KILL).unwrap();
+    assert!(adopted.wait(soon()));
+    assert!(!host::reap::orphans().contains(&shell.pid));
+    assert_eq!(adopted.reap(), Some(Ended::Exited(4)));
     step.kill(soon()).unwrap();
 }

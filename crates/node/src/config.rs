@@ -133,15 +133,16 @@ fn include(value: Value, dir: &Path, files: &mut Vec<PathBuf>, depth: usize) -> 
     }
     for (key, inner) in map {
         let inner = include(inner, dir, files, depth)?;
-        match &mut merged {
-            Value::Object(into) => match into.get_mut(&key) {
+        // An include that is a bare list cannot be widened by siblings: what stands in the file wins.
+        if let Value::Object(into) = &mut merged {
+            match into.get_mut(&key) {
                 Some(old) => merge(old, inner),
                 None => {
                     into.insert(key, inner);
                 }
-            },
-            // An include that is a bare list cannot be widened by siblings: what stands in the file wins.
-            other => *other = serde_json::json!({ key: inner }),
+            }
+        } else {
+            merged = serde_json::json!({ key: inner });
         }
     }
     Ok(merged)

@@ -152,12 +152,15 @@ fn of_io(e: &io::Error, connected: bool) -> HttpError {
     use io::ErrorKind as K;
     /// Out of descriptors (own, system), memory, local ports: nothing of it says anything about the gateway.
     const OURS: [i32; 5] = [23, 24, 12, 105, 99];
-    match e.kind() {
-        K::ConnectionRefused => HttpError::Refused,
-        K::TimedOut | K::WouldBlock => HttpError::TimedOut { connected },
-        _ if e.raw_os_error().is_some_and(|n| OURS.contains(&n)) => HttpError::OurSide { why: e.to_string() },
-        _ if connected => HttpError::Garbage { why: format!("the connection broke: {e}") },
-        _ => HttpError::OurSide { why: e.to_string() },
+    let ours = e.raw_os_error().is_some_and(|n| OURS.contains(&n));
+    if e.kind() == K::ConnectionRefused {
+        HttpError::Refused
+    } else if matches!(e.kind(), K::TimedOut | K::WouldBlock) {
+        HttpError::TimedOut { connected }
+    } else if ours || !connected {
+        HttpError::OurSide { why: e.to_string() }
+    } else {
+        HttpError::Garbage { why: format!("the connection broke: {e}") }
     }
 }
 

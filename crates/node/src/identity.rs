@@ -352,16 +352,18 @@ impl Drop for PrivateCopy {
 pub(crate) fn of_sqlite(db: &Path, e: &rusqlite::Error) -> Error {
     use rusqlite::ErrorCode as C;
     let what = format!("reading {}", db.display());
-    let kind = match e {
-        rusqlite::Error::SqliteFailure(f, _) => match f.code {
-            C::NotADatabase | C::DatabaseCorrupt => Kind::Corrupt,
-            C::OperationInterrupted | C::DatabaseBusy | C::DatabaseLocked => Kind::TimedOut,
-            C::PermissionDenied | C::AuthorizationForStatementDenied => Kind::Denied,
-            C::DiskFull => Kind::NoSpace,
-            C::CannotOpen => Kind::System,
-            _ => Kind::System,
-        },
-        _ => Kind::System,
+    let code = e.sqlite_error_code();
+    let is = |codes: &[C]| code.is_some_and(|c| codes.contains(&c));
+    let kind = if is(&[C::NotADatabase, C::DatabaseCorrupt]) {
+        Kind::Corrupt
+    } else if is(&[C::OperationInterrupted, C::DatabaseBusy, C::DatabaseLocked]) {
+        Kind::TimedOut
+    } else if is(&[C::PermissionDenied, C::AuthorizationForStatementDenied]) {
+        Kind::Denied
+    } else if is(&[C::DiskFull]) {
+        Kind::NoSpace
+    } else {
+        Kind::System
     };
     Error::new(kind, what, e)
 }
@@ -373,7 +375,7 @@ fn encode(path: &Path) -> String {
     for b in path.as_os_str().as_bytes() {
         match b {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' | b'~' => {
-                out.push(char::from(*b))
+                out.push(char::from(*b));
             }
             other => out.push_str(&format!("%{other:02x}")),
         }

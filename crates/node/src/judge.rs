@@ -10,7 +10,7 @@
 
 use crate::identity::Baseline;
 use crate::probe::{
-    Health, IdentityLook, Listening, Look, Process, Ready, ServiceLook, ServicePhase, Startup,
+    Health, IdentityLook, Listening, Look, Main, Process, Ready, ServiceLook, ServicePhase, Startup,
 };
 use crate::ws::HelloResult;
 use engine::{Class, FaultKind, Finding, Moment, Verdict};
@@ -31,7 +31,8 @@ pub struct Limits {
     pub start_cpu_ms: u64,
     /// See `start_cpu_ms`.
     pub start_cpu_window_ms: u64,
-    /// A process must have appeared this long after a start was asked for.
+    /// A started process must have shown itself this long after its manager or starter named it; without either the
+    /// patience is `start_stalled_ms`, because the lock comes late.
     pub appear_ms: u64,
     /// A clean stop: the service's own limit is 330 s.
     pub drain_ms: u64,
@@ -384,8 +385,12 @@ impl Judge {
             }
             Some(ServicePhase::Running | ServicePhase::Down | ServicePhase::Unknown) | None => {}
         }
-        let appearing =
-            self.started.and_then(|s| look.at.since_ms(s)).is_some_and(|ms| ms < self.limits.appear_ms);
+        let patience = match look.main {
+            Main::Ended => 0,
+            Main::Told => self.limits.appear_ms,
+            Main::Untold => self.limits.start_stalled_ms,
+        };
+        let appearing = self.started.and_then(|s| look.at.since_ms(s)).is_some_and(|ms| ms < patience);
         if appearing {
             return bad(Reason::Starting, "its process has not appeared yet".into(), None);
         }

@@ -54,6 +54,7 @@ fn good(ms: u64) -> Look {
         disk_version: Some("2026.9.6".into()),
         our_side: None,
         known_turn: false,
+        main: Main::Told,
     }
 }
 
@@ -493,9 +494,12 @@ fn a_start_that_ends_well_is_recovered_from_its_first_good_look() {
 
 #[test]
 fn a_start_whose_process_never_appears_or_dies_is_seen() {
-    let mut judge = settled();
-    judge.started(at(7_000));
-    assert_eq!(turns_at(&mut judge, 7_000, 60_000, gone), Some(10_000));
+    for (main, limit) in [(Main::Told, 10_000), (Main::Untold, 60_000), (Main::Ended, 0)] {
+        let mut judge = settled();
+        judge.started(at(7_000));
+        let make = |ms| Look { main, ..gone(ms) };
+        assert_eq!(turns_at(&mut judge, 7_000, 90_000, make), Some(limit), "{main:?}");
+    }
 }
 
 #[test]

@@ -80,6 +80,19 @@ pub struct Look {
     pub our_side: Option<String>,
     /// The caller knows of a turn under way.
     pub known_turn: bool,
+    /// What is known of the process that the caller or the service manager started.
+    pub main: Main,
+}
+
+/// The started process, apart from the lock: a gateway writes its lock only 10 to 20 s after it began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Main {
+    /// Nobody told us of one.
+    Untold,
+    /// It lives, or its manager speaks for it.
+    Told,
+    /// It has ended.
+    Ended,
 }
 
 /// The gateway process.
@@ -319,6 +332,11 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         disk_version: None,
         our_side: own_side(deadline),
         known_turn: want.known_turn,
+        main: match (want.main, &want.service) {
+            (Some(id), _) if !id.alive() => Main::Ended,
+            (Some(_), _) | (None, Some(_)) => Main::Told,
+            (None, None) => Main::Untold,
+        },
     };
     if look.our_side.is_some() {
         return look;

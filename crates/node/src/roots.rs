@@ -24,13 +24,13 @@ pub fn roots(node: &Node) -> Vec<Root> {
     state(node, &workspaces, &mut roots);
     for (n, path) in workspaces.into_iter().enumerate() {
         let name = if n == 0 { "workspace".into() } else { format!("workspace-{n}") };
-        roots.push(root(&name, path, Class::Workspace));
+        roots.push(root(&name, &path, Class::Workspace));
     }
     roots
 }
 
-fn root(name: &str, path: PathBuf, class: Class) -> Root {
-    Root { name: name.into(), path: resolved(&path), class, exclude: Vec::new(), only: None }
+fn root(name: &str, path: &Path, class: Class) -> Root {
+    Root { name: name.into(), path: resolved(path), class, exclude: Vec::new(), only: None }
 }
 
 /// The path without symlinks, as far as it exists.
@@ -48,11 +48,11 @@ fn resolved(path: &Path) -> PathBuf {
 }
 
 fn program(node: &Node, roots: &mut Vec<Root>) {
-    roots.push(root("program", node.package_dir.clone(), Class::Program));
+    roots.push(root("program", &node.package_dir, Class::Program));
     // The link is part of the program: without it nobody can call it, though the service starts without it.
     let link = node.prefix.join("bin").join("openclaw");
     if let Some(dir) = link.parent() {
-        let mut bin = root("program-bin", dir.to_path_buf(), Class::Program);
+        let mut bin = root("program-bin", dir, Class::Program);
         bin.only = Some(vec!["openclaw".into()]);
         roots.push(bin);
     }
@@ -62,8 +62,8 @@ fn program(node: &Node, roots: &mut Vec<Root>) {
 /// exchanged as a tree.
 fn runtime(node: &Node, roots: &mut Vec<Root>) {
     match &node.runtime_dir {
-        Some(dir) => roots.push(root("runtime", dir.clone(), Class::Runtime)),
-        None => roots.push(root("runtime", node.node_bin.clone(), Class::Runtime)),
+        Some(dir) => roots.push(root("runtime", dir, Class::Runtime)),
+        None => roots.push(root("runtime", &node.node_bin, Class::Runtime)),
     }
 }
 
@@ -72,34 +72,34 @@ fn service(node: &Node, roots: &mut Vec<Root>) {
     for (n, file) in unit.files.iter().enumerate() {
         // An environment file inside the state directory holds secrets of the user's: it goes with the state.
         if !file.starts_with(&node.state_dir) {
-            roots.push(root(&format!("service-{n}"), file.clone(), Class::Service));
+            roots.push(root(&format!("service-{n}"), file, Class::Service));
         }
     }
 }
 
 fn configuration(node: &Node, loaded: Option<&config::Loaded>, roots: &mut Vec<Root>) {
-    roots.push(root("config", node.config_path.clone(), Class::Config));
+    roots.push(root("config", &node.config_path, Class::Config));
     let includes = loaded.map(|l| l.files.as_slice()).unwrap_or_default();
     for (n, file) in includes.iter().skip(1).enumerate() {
-        roots.push(root(&format!("config-{}", n + 1), file.clone(), Class::Config));
+        roots.push(root(&format!("config-{}", n + 1), file, Class::Config));
     }
     for name in [".env", "gateway.systemd.env"] {
         let file = node.state_dir.join(name);
         if file.is_file() {
-            roots.push(root(&format!("config-{}", name.trim_start_matches('.')), file, Class::Config));
+            roots.push(root(&format!("config-{}", name.trim_start_matches('.')), &file, Class::Config));
         }
     }
 }
 
 fn state(node: &Node, workspaces: &[PathBuf], roots: &mut Vec<Root>) {
     let dir = &node.state_dir;
-    roots.push(root("credentials", dir.join("credentials"), Class::Credentials));
-    roots.push(root("state", dir.join("state"), Class::State));
-    let mut agents = root("agents", dir.join("agents"), Class::Sessions);
+    roots.push(root("credentials", &dir.join("credentials"), Class::Credentials));
+    roots.push(root("state", &dir.join("state"), Class::State));
+    let mut agents = root("agents", &dir.join("agents"), Class::Sessions);
     agents.exclude = inside(workspaces, &agents.path);
     roots.push(agents);
     // What else lies there (plugins' data, media, extensions, migrations) is state too, whatever comes later.
-    let mut rest = root("state-rest", dir.clone(), Class::State);
+    let mut rest = root("state-rest", dir, Class::State);
     let taken: Vec<PathBuf> = roots.iter().map(|r| r.path.clone()).collect();
     rest.exclude = TRANSIENT.iter().map(|s| (*s).to_owned()).collect();
     rest.exclude.extend(inside(&taken, &rest.path));

@@ -97,7 +97,8 @@ fn each_break_has_its_finding() {
     let config = (K::ConfigBroken, Some(C::Config));
     let runtime = (K::RuntimeUnfit, Some(C::Runtime));
     let state_gone = (K::RootMissing, Some(C::State));
-    let cases: Vec<(&str, Break, (FaultKind, Option<Class>))> = vec![
+    type Case = (&'static str, Break, (FaultKind, Option<Class>));
+    let cases: Vec<Case> = vec![
         ("program gone", |n| rm(n.package_dir.clone()), program),
         ("openclaw.mjs gone", |n| rm(n.package_dir.join("openclaw.mjs")), program),
         ("entry emptied", |n| put(n.package_dir.join("dist/entry.js"), ""), program),

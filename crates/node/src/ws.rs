@@ -163,7 +163,7 @@ fn greet(socket: &mut Socket, auth: Option<Value>) -> Result<HelloResult, HelloR
     if let (Some(auth), Some(map)) = (auth, params.as_object_mut()) {
         map.insert("auth".into(), auth);
     }
-    let answer = request(socket, "hello", "connect", params)?;
+    let answer = request(socket, "hello", "connect", &params)?;
     let Some(payload) = accepted(&answer) else { return Ok(refusal(&answer)) };
     if payload.get("type").and_then(Value::as_str) != Some("hello-ok") {
         return Ok(HelloResult::Garbage { why: "connect was accepted without hello-ok".into() });
@@ -181,7 +181,7 @@ fn greet(socket: &mut Socket, auth: Option<Value>) -> Result<HelloResult, HelloR
         hello.plugins_failed.extend(names(plugins.get("unavailable")));
     }
     // What is under way decides whether a stop must drain; a gateway that will not say has still said hello.
-    if let Ok(status) = request(socket, "status", "status", json!({})) {
+    if let Ok(status) = request(socket, "status", "status", &json!({})) {
         hello.active_work = accepted(&status).and_then(active_work);
     }
     Ok(HelloResult::Ok(hello))
@@ -228,7 +228,7 @@ fn clip(s: &str) -> String {
     s.chars().filter(|c| !c.is_control()).take(WHY_LIMIT_CHARS).collect()
 }
 
-fn request(socket: &mut Socket, id: &str, method: &str, params: Value) -> Result<Value, HelloResult> {
+fn request(socket: &mut Socket, id: &str, method: &str, params: &Value) -> Result<Value, HelloResult> {
     let frame = json!({ "type": "req", "id": id, "method": method, "params": params }).to_string();
     socket.send(Message::text(frame)).map_err(|e| of_error(&e))?;
     wait_for(socket, |m| m.get("id").and_then(Value::as_str) == Some(id))
@@ -256,13 +256,16 @@ fn wait_for(socket: &mut Socket, wanted: impl Fn(&Value) -> bool) -> Result<Valu
 }
 
 fn of_error(e: &tungstenite::Error) -> HelloResult {
-    match e {
-        tungstenite::Error::Io(io) if io.kind() == io::ErrorKind::TimedOut => HelloResult::TimedOut,
-        tungstenite::Error::Http(answer) => HelloResult::Garbage {
-            why: format!("answered the upgrade with HTTP {}", answer.status().as_u16()),
-        },
-        other => HelloResult::Garbage { why: clip(&other.to_string()) },
+    if let tungstenite::Error::Io(io) = e
+        && io.kind() == io::ErrorKind::TimedOut
+    {
+        return HelloResult::TimedOut;
     }
+    if let tungstenite::Error::Http(answer) = e {
+        let status = answer.status().as_u16();
+        return HelloResult::Garbage { why: format!("answered the upgrade with HTTP {status}") };
+    }
+    HelloResult::Garbage { why: clip(&e.to_string()) }
 }
 
 #[cfg(test)]

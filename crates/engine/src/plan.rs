@@ -233,11 +233,13 @@ impl Ask<'_> {
             let key = AlertKey { incident: incident.id, kind: AlertKind::Journal };
             (!self.ladder.journal_ok && self.state.alert(key).is_none()).then_some((key, 1))
         });
+        // The one tried least goes first: what was refused often must not keep back what is new.
         let due = self
             .state
             .alerts
             .iter()
-            .find(|alert| due_ms(alert).is_some_and(|due| self.t >= due))
+            .filter(|alert| due_ms(alert).is_some_and(|due| self.t >= due))
+            .min_by_key(|alert| alert.tries)
             .map(|alert| (alert.key, alert.tries.saturating_add(1)));
         let (key, attempt) = due.or(journal)?;
         let intent = Record::new(self.now, Event::AlertIntent { key, attempt });

@@ -175,6 +175,10 @@ impl Checks {
         world.now.saturating_sub(self.down_ms)
     }
 
+    fn hands_off(&self) -> bool {
+        self.ladder.as_ref().is_some_and(|ladder| ladder.hands_off.is_some())
+    }
+
     fn stir(&mut self, what: u64) {
         self.trace = mix(self.trace ^ what);
     }
@@ -685,7 +689,7 @@ impl Checks {
     pub fn spawn(&mut self, world: &World, step: u64, layer: Layer) -> Check {
         self.counts.steps += 1;
         self.must(self.intents.contains(&step), "intent-first", world, "a step without its intent")?;
-        self.must(!world.hands_off, "hands-off", world, "a step while hands are off")?;
+        self.must(!self.hands_off(), "hands-off", world, "a step while hands are off")?;
         let twin =
             world.containers.iter().any(|one| one.layer == layer && !one.foreign && one.lives(world.now));
         self.must(!twin, "one-container", world, "two containers of one layer")?;
@@ -697,7 +701,8 @@ impl Checks {
                 "a step while the last container was not killed",
             )?;
         }
-        let starting = world.progressing() && world.intact() && layer != Layer::InPlace;
+        // As the agent saw it when it decided: what happens in the millisecond after is nobody's fault.
+        let starting = layer != Layer::InPlace && self.ladder.as_ref().is_some_and(Ladder::start_holds);
         self.must(!starting, "start-left-alone", world, "a start in progress is ended")?;
         self.not_serving(world, layer)
     }
@@ -735,7 +740,7 @@ impl Checks {
         let Some((inputs, _)) = self.start_intents.get(&start).copied() else {
             return Err(self.fail("intent-first", world.now, "a start without its intent"));
         };
-        self.must(!world.hands_off, "hands-off", world, "a start while hands are off")?;
+        self.must(!self.hands_off(), "hands-off", world, "a start while hands are off")?;
         self.nothing_lives(world, "start")?;
         self.starts_at.retain(|at| at.saturating_add(300_000) > world.now);
         self.must(self.starts_at.len() < 3, "starts-in-300-s", world, "a fourth start inside 300 s")?;

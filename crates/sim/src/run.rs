@@ -6,7 +6,7 @@ use crate::brain::{Brain, Mutant};
 use crate::check::{Checks, Counts, Violation};
 use crate::prng::Prng;
 use crate::world::{Broken, Faults, Gate, Inject, World};
-use engine::Layer;
+use engine::{Layer, Record};
 
 /// Turns of the loop that one schedule may take; more is a loop without an end.
 const MAX_TURNS: u64 = 100_000;
@@ -25,6 +25,8 @@ pub struct Told {
     pub violation: Option<Violation>,
     /// Every record, when asked for.
     pub trace: Vec<String>,
+    /// The journal as it lay on the disk at the end.
+    pub journal: Vec<Record>,
 }
 
 /// Lives through one seed. For every fourth, it is lived through again with all exit codes turned round: nothing
@@ -69,6 +71,7 @@ pub fn live(seed: u64, mutant: Option<Mutant>, flip_codes: bool, traced: bool) -
         fingerprint: site.checks.trace,
         violation,
         trace: site.trace.unwrap_or_default(),
+        journal: site.journal,
     }
 }
 

@@ -478,6 +478,7 @@ mod tests {
     use std::process::{Command, Stdio};
     use std::time::Duration;
 
+    #[allow(clippy::zombie_processes)] // Reaped through its pidfd.
     fn sleeper() -> PidFd {
         let mut cmd = Command::new("/bin/sleep");
         cmd.arg("1000").env("PROCESS_TEST", "yes=no").stdin(Stdio::null()).current_dir("/");

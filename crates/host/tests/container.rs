@@ -1,6 +1,8 @@
 //! Containers on this host, whatever it offers: with cgroup v2 nothing gets away; without, each test asks for what the
 //! weaker way promises and says so on its output.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // Helpers of tests, outside any one test.
+
 mod container_common;
 
 use container_common::{Node, shell, soon, token, until, with_output, with_token};

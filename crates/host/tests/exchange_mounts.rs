@@ -1,6 +1,8 @@
 //! The switch on real mounts: a lower layer of overlayfs, a bind mount, another file system. Root only; others are
 //! told what was left out.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // Helpers of tests, outside any one test.
+
 use host::exchange::{Method, move_aside, probe, probe_from, resume, swap};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use std::collections::BTreeMap;

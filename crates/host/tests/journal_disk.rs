@@ -1,5 +1,7 @@
 //! The journal on a disk that is really full. Root only: it mounts one.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // Helpers of tests, outside any one test.
+
 use host::Kind;
 use host::journal::{Journal, PREALLOCATED_BYTES, RECORD_LIMIT_BYTES};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};

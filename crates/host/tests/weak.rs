@@ -2,6 +2,8 @@
 //!
 //! One test at a time: to be an orphan of unknown origin is something that only one step at once can claim.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // Helpers of tests, outside any one test.
+
 mod container_common;
 
 use container_common::{Node, shell, soon, token, until, with_token};

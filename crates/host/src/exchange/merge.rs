@@ -284,7 +284,7 @@ impl<'a> Merge<'a> {
                 }
                 Change::Unlink { dir, name } => gone(rustix::fs::unlinkat(&dir, &name, AtFlags::empty()))?,
                 Change::RemoveDir { dir, name } => {
-                    gone(rustix::fs::unlinkat(&dir, &name, AtFlags::REMOVEDIR))?
+                    gone(rustix::fs::unlinkat(&dir, &name, AtFlags::REMOVEDIR))?;
                 }
             }
         }

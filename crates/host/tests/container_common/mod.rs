@@ -1,5 +1,5 @@
 //! Workloads that try to get away, and ways to see whether they did.
-#![allow(dead_code)] // Each test binary uses its part.
+#![allow(dead_code, clippy::unwrap_used)] // Each test binary uses its part; helpers of tests may unwrap.
 
 use host::clock::Deadline;
 use host::container::{Containers, OutputFile, Spec};

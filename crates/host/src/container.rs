@@ -963,3 +963,57 @@ fn remove_cgroup(dir: &Path) {
         let _ = std::fs::remove_dir(dir);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
+        33 31 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n\
+        41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+    const PURE: &str = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+
+    #[test]
+    fn our_cgroup_is_found_on_every_kind_of_host() {
+        let found = |mounts: &str, own: &str| own_cgroup_dir(mounts, own).unwrap();
+        let dir = Path::new;
+        assert_eq!(found(HYBRID, "4:memory:/a\n0::/\n"), dir("/sys/fs/cgroup/unified"));
+        assert_eq!(
+            found(PURE, "0::/system.slice/koboshi.service\n"),
+            dir("/sys/fs/cgroup/system.slice/koboshi.service")
+        );
+        // A part of the hierarchy mounted into a container without a namespace of its own.
+        let part = "9 8 0:26 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        assert_eq!(found(part, "0::/docker/abc/x\n"), dir("/sys/fs/cgroup/x"));
+        assert_eq!(found(part, "0::/docker/abc\n"), dir("/sys/fs/cgroup"));
+        let spaced = "9 8 0:26 / /a\\040b\\134c rw - cgroup2 cgroup rw\n";
+        assert_eq!(found(spaced, "0::/x\n"), dir("/a b\\c/x"));
+    }
+
+    #[test]
+    fn where_there_is_none_it_says_why() {
+        let part = "9 8 0:26 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup rw\n";
+        for (mounts, own) in [
+            (HYBRID, "4:memory:/a\n"),
+            ("", "0::/\n"),
+            ("33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw\n", "0::/\n"),
+            (part, "0::/docker/other\n"),
+            (part, "0::/docker/abcdef\n"),
+            (PURE, "0::/../../elsewhere\n"),
+            ("garbage - cgroup2", "0::/\n"),
+            ("", ""),
+        ] {
+            assert!(!own_cgroup_dir(mounts, own).unwrap_err().is_empty(), "{mounts:?} {own:?}");
+        }
+    }
+
+    #[test]
+    fn a_record_of_garbage_is_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("step-x.json");
+        for bytes in [&b""[..], b"{}", b"\xff", b"{\"mark\":1}"] {
+            std::fs::write(&path, bytes).unwrap();
+            assert!(read_record(&path).is_none());
+        }
+    }
+}

@@ -6,7 +6,8 @@
 use crate::clock::Deadline;
 use crate::error::{Context, Error, Kind, Result};
 use crate::{poll, reap};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+pub use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Read;

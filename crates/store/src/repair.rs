@@ -782,20 +782,31 @@ impl Writer<'_> {
         // Nobody else may read it before it has its owner.
         let fd = rustix::fs::openat(&job.dir, &job.name, flags, Mode::from_raw_mode(0o600)).context(what)?;
         let file = File::from(fd);
+        let chunk = u64::from(entry.chunk_bytes());
         let mut at = 0u64;
         let mut hole = false;
-        let many = entry.runs.len() > 1 || entry.runs.first().is_some_and(|r| r.count > 1);
-        for (name, length) in entry.objects() {
-            if self.deadline.passed() {
-                return Err(late(&what()));
-            }
+        for run in &entry.runs {
+            let length = usize::try_from((entry.size - at).min(chunk)).unwrap_or(0);
             self.buffer.clear();
-            self.object(&name, length, entry)?;
-            hole = many && self.buffer.iter().all(|b| *b == 0);
-            if !hole {
-                file.write_all_at(&self.buffer, at).context(what)?;
+            self.object(&run.name, length, entry)?;
+            // Zeros of a larger file are left as a hole, however many there are.
+            hole = entry.size > chunk && self.buffer.iter().all(|b| *b == 0);
+            if hole {
+                at = at.saturating_add(u64::from(run.count) * chunk).min(entry.size);
+                continue;
             }
-            at += length as u64;
+            for _ in 0..run.count {
+                if self.deadline.passed() {
+                    return Err(late(&what()));
+                }
+                let left = usize::try_from((entry.size - at).min(chunk)).unwrap_or(0);
+                let Some(bytes) = self.buffer.get(..left) else { break };
+                file.write_all_at(bytes, at).context(what)?;
+                at += left as u64;
+            }
+        }
+        if at != entry.size {
+            return Err(Error::new(Kind::Corrupt, what(), "its objects are not as long as the manifest says"));
         }
         if hole {
             file.set_len(entry.size).context(what)?;

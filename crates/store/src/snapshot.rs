@@ -556,7 +556,9 @@ pub(crate) fn open_base(root: &Root) -> Result<Option<Base>> {
 
 pub(crate) fn no_base(root: &Root, e: Errno) -> Error {
     let error = Error::io(format!("opening root `{}` at {}", root.name, root.path.display()), &std::io::Error::from(e));
-    if e == Errno::LOOP {
+    // The kernel names a link in the last place a non-directory.
+    let real = root.path.parent().and_then(|p| Some(p.canonicalize().ok()? == p)).unwrap_or(true);
+    if e == Errno::LOOP || e == Errno::NOTDIR && !real {
         error.hint("a symlink lies on the way; name the real path in the configuration")
     } else {
         error

@@ -98,7 +98,7 @@ impl Default for Limits {
             own_side_ms: 120_000,
             wrong_ms: 10_000,
             hello_ms: 60_000,
-            unready_ms: 60_000,
+            unready_ms: 120_000,
             confirm_ms: 5_000,
             confirm_probes: 3,
             http_every_ms: 2_000,
@@ -773,8 +773,10 @@ impl Judge {
             // Only told, never repaired: nothing was learnt about the node.
             Reason::OurSide => None,
             Reason::Starting => {
-                let begun = self.started.map_or(0, |s| look.at.since_ms(s).unwrap_or(0));
-                let age = look.process.as_ref().map_or(begun, |p| p.age_ms.max(lasted));
+                // A restart inside an old process begins with the first look that shows it.
+                let age = look.process.as_ref().map_or(lasted, |p| p.age_ms);
+                let fresh = age.saturating_sub(lasted) < limits.start_ms;
+                let age = if fresh { age.max(lasted) } else { lasted };
                 if still >= limits.start_stalled_ms {
                     Some(format!("and has not progressed for {} s", still / 1000))
                 } else if age >= limits.start_ms && lasted >= limits.start_stalled_ms {

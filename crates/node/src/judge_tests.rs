@@ -317,7 +317,7 @@ fn every_limit_is_kept_to_the_second() {
                 };
                 l
             },
-            60_000,
+            120_000,
         ),
         (
             "update, nothing moves",
@@ -729,4 +729,15 @@ fn nobody_is_confirmed_unidentified_where_the_identity_is_known() {
     };
     assert!(!run(baseline()));
     assert!(run(Baseline { device_id: None, ..baseline() }), "nothing is known of a fresh node");
+}
+
+#[test]
+fn a_restart_inside_an_old_process_has_a_start_of_its_own() {
+    let mut judge = settled();
+    let found = turns_at(&mut judge, 7_000, 1_000_000, |ms| {
+        let mut look = silent(ms, ms / 10);
+        look.startup = Startup::Starting;
+        look
+    });
+    assert_eq!(found, Some(900_000));
 }

@@ -349,6 +349,12 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     if !look.process.as_ref().is_some_and(|p| matches!(p.state, 'T' | 't')) {
         probe_http(&mut look, heard.is_some(), addr, deadline);
     }
+    if look.process.is_some()
+        && matches!(look.health, Health::Wrong { .. })
+        && config::load(node).is_ok_and(|l| config::tls(&l.value))
+    {
+        look.our_side = Some("the gateway speaks TLS on its port, which our probes do not".into());
+    }
     if want.hello && look.health == Health::Live {
         look.hello = Some(say_hello(node, addr, deadline));
         look.disk_version = node.package_version();

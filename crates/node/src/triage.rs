@@ -368,7 +368,7 @@ fn ownership(node: &Node, findings: &mut Vec<Finding>) {
         }
         let bits = if meta.is_dir() { 0o7 } else { 0o6 };
         let kept = [4, 2, 1].iter().all(|b| bits & b == 0 || config::may(node, &meta, *b));
-        if meta.uid() != node.ids.uid && node.ids.uid != 0 && !kept || meta.uid() == node.ids.uid && !kept {
+        if !kept {
             let mode = meta.mode() & 0o7777;
             wrong.push((class, format!("{} belongs to {}, mode {mode:o}", path.display(), meta.uid())));
         }

@@ -5,7 +5,7 @@
 //! or the program's own offline maintenance holding the state lock. A leftover that nobody touches is not an update.
 
 use crate::{Node, lock};
-use host::process::{ProcessId, all_pids};
+use host::process::{ProcessId, all_pids, descendants};
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ pub fn look(node: &Node) -> Option<UpdateAtWork> {
     if let Some(dir) = staged.iter().find(|d| fresh(d)) {
         return Some(UpdateAtWork { what: format!("{} is being written to", dir.display()), progress });
     }
-    let worker = worker(node)?;
+    let worker = worker(node, &ourselves())?;
     let cpu = worker.0.stat().map_or(0, |s| s.cpu_ms);
     Some(UpdateAtWork { what: worker.1, progress: progress.wrapping_add(cpu) })
 }
@@ -84,10 +84,9 @@ fn changed_ms(path: &Path) -> Option<u64> {
     u64::try_from(now.saturating_sub(changed.saturating_mul(1000))).ok()
 }
 
-/// npm fills a new tree in place and moves the old one aside: either may be the one that changes.
+/// npm's rename of the old tree marks it, and filling the new one takes less than the minute.
 fn fresh(dir: &Path) -> bool {
     changed_ms(dir).is_some_and(|ms| ms < STAGING_FRESH_MS)
-        || dir.parent().and_then(changed_ms).is_some_and(|ms| ms < STAGING_FRESH_MS)
 }
 
 /// A number that changes as directories of a tree do; bounded, breadth first.
@@ -109,14 +108,20 @@ fn stamp(dir: &Path) -> u64 {
     sum
 }
 
-/// A process outside of the gateway's family that works under the packages: in them, or with a file of them open
+/// Our own steps work on the program too, and are no update.
+fn ourselves() -> HashSet<u32> {
+    let us = std::process::id();
+    descendants(us).iter().map(|d| d.pid).chain([us]).collect()
+}
+
+/// A process outside of the gateway's family and of ours that works under the packages: in them, or with a file of them open
 /// for writing.
-fn worker(node: &Node) -> Option<(ProcessId, String)> {
+fn worker(node: &Node, own: &HashSet<u32>) -> Option<(ProcessId, String)> {
     let packages = node.package_dir.parent()?.to_path_buf();
-    let mut family: HashSet<u32> = HashSet::from([std::process::id()]);
+    let mut family = own.clone();
     if let Some(gateway) = lock::read(node).map(|l| l.id).filter(|id| id.alive()) {
         family.insert(gateway.pid);
-        family.extend(host::process::descendants(gateway.pid).iter().map(|d| d.pid));
+        family.extend(descendants(gateway.pid).iter().map(|d| d.pid));
     }
     for pid in all_pids() {
         if family.contains(&pid) {
@@ -194,10 +199,12 @@ mod tests {
             .spawn()
             .expect("sleep");
         // Its working directory is set before exec, so it shows as soon as spawn returns.
-        let seen = look(&node);
+        let seen = worker(&node, &HashSet::new());
+        let ours = worker(&node, &ourselves());
         child.kill().expect("kill");
         #[allow(clippy::disallowed_methods)]
         child.wait().expect("reap");
-        assert!(seen.expect("an update").what.contains("works in"));
+        assert!(seen.is_some_and(|(id, what)| id.pid == child.id() && what.contains("works in")));
+        assert_eq!(ours, None, "our own steps are no update");
     }
 }

@@ -75,12 +75,17 @@ fn with_a_gateway_beside_it_an_unmarked_orphan_is_not_claimed() {
     let _one = alone();
     let node = node();
     let (gateway, daemon, theirs) = (token(), token(), token());
-    // The gateway's own detached helper, unmarked: it looks just like a step's escape.
-    let script = format!("(env -i setsid sleep {daemon} &) ; exec sleep {gateway}");
+    // The gateway's own detached helper, unmarked and younger than the step: it looks just like a step's escape.
+    let go = node.dir.path().join("go");
+    let script = format!(
+        "while [ ! -e {} ]; do sleep 0.01; done; (env -i setsid sleep {daemon} &) ; exec sleep {gateway}",
+        go.display()
+    );
     let began = node.containers.spawn_gateway(&shell(&script, "g")).unwrap();
-    until("the gateway and its helper", || with_token(&gateway).len() == 1 && with_token(&daemon).len() == 1);
     let mut step = start(&node, "sleep @T & exec sleep @T", &theirs);
     until("the step", || with_token(&theirs).len() == 2);
+    std::fs::write(&go, "").unwrap();
+    until("the gateway and its helper", || with_token(&gateway).len() == 1 && with_token(&daemon).len() == 1);
     step.kill(soon()).unwrap();
     assert_eq!(with_token(&theirs), []);
     assert_eq!(with_token(&gateway), [began.0]);

@@ -147,7 +147,7 @@ impl Places {
     }
 }
 
-fn user_dir(variable: &str, below_home: &str) -> Result<PathBuf> {
+pub(crate) fn user_dir(variable: &str, below_home: &str) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os(variable).map(PathBuf::from).filter(|d| d.is_absolute()) {
         return Ok(dir);
     }

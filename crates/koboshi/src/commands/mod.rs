@@ -7,15 +7,20 @@ mod accept;
 mod alerts;
 mod check;
 mod desk;
+mod doctor;
 mod gateway;
 mod generated;
 mod incidents;
+mod install;
 mod judging;
 mod key;
 mod pausing;
 mod readiness;
+mod recover;
 mod snapshots;
 mod status;
+mod uninstall;
+mod unit;
 
 use crate::cli::{AlertCommand, Cli, Command, KeyCommand};
 use crate::config::{self, Config};
@@ -36,8 +41,12 @@ pub fn open(cli: &Cli) -> Result<(Config, Places)> {
 pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
     let desk = || open(cli).map(|(config, places)| Desk { config, places, printer });
     match &cli.command {
+        Command::Install(options) => install::run(cli, options, printer),
+        Command::Uninstall(options) => uninstall::run(cli, options, printer),
         Command::Status => status::run(&desk()?),
         Command::Check => check::run(&desk()?),
+        Command::Doctor => doctor::run(&desk()?),
+        Command::Recover(options) => recover::run(&desk()?, options),
         Command::Snapshot(what) => snapshots::run(&desk()?, what),
         Command::Incidents(what) => incidents::run(&desk()?, what),
         Command::Pause(options) => pausing::pause(&desk()?, options),
@@ -48,7 +57,7 @@ pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
         Command::Key(KeyCommand::Export) => key::export(&desk()?),
         Command::Completions { shell } => generated::completions(*shell, printer),
         Command::Man { dir } => generated::man(dir, printer),
-        _ => {
+        Command::Guard(_) | Command::Demo(_) | Command::Step { .. } => {
             Err(Error::new(Kind::Usage, "do this", "it is no command of this kind"))
         }
     }

@@ -1,0 +1,545 @@
+//! `koboshi recover`: puts the node right now, by the same way as the agent would.
+//!
+//! A running agent is asked to do it. Where none runs, one is started for this one purpose and ended after: the gateway
+//! stays. Either way it is the journal that is told here, line by line, and the judge who says how it ended. With
+//! `--dry-run` nothing is touched. `--only` runs one layer by hand, outside of any incident, while the agent keeps its
+//! hands off.
+
+use super::check::{self, node_json};
+use super::desk::{Desk, Fields, Hands, findings_json, verdict_name, verdict_why};
+use super::{incidents, judging, readiness};
+use crate::agent::runner::Runner;
+use crate::agent::will::Will;
+use crate::cli::Recover;
+use crate::config::Mode;
+use crate::control::{self, Order};
+use crate::print::{Exit, duration};
+use crate::step::{self, Answer, Work};
+use engine::state::{HoldKind, Stage};
+use engine::{Ladder, Layer, Outcome, Rung, Verdict};
+use host::clock::{self, Deadline};
+use host::container::Containers;
+use host::process::{PidFd, ProcessId};
+use host::{Context, Error, Kind, Result};
+use layers::{Care, Examination, Need};
+use node::{Judgement, Node};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// The look at the disk before anything is decided.
+const EXAMINE_LIMIT: Duration = Duration::from_secs(30);
+/// An agent that begins publishes its status within a second.
+const AGENT_APPEARS: Duration = Duration::from_secs(20);
+/// The agent answers an order within a turn of its loop.
+const ORDER_LIMIT: Duration = Duration::from_secs(30);
+/// A climb ends within 600 s; a start that still progresses then is judged on for the rest of its own 900 s.
+const FOLLOW_LIMIT: Duration = Duration::from_secs(1_530);
+/// A node that serves gets this long to show damage that the agent then takes up.
+const QUIET: Duration = Duration::from_secs(15);
+/// Between two looks at the journal.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// Messages about the incident get this long to leave before the agent of this one recovery ends.
+const MESSAGES_LEAVE: Duration = Duration::from_secs(15);
+/// The agent ends in milliseconds; one that does not is killed.
+const AGENT_ENDS: Duration = Duration::from_secs(20);
+/// While one layer is run by hand the agent keeps off, at most this long, whatever becomes of us.
+const HANDS_OFF_S: i64 = 1_200;
+/// Watching a start by hand: the judge's own limit and the confirmation.
+const START_LIMIT: Duration = Duration::from_secs(930);
+/// Asking a manager for a start.
+const MANAGER_LIMIT: Duration = Duration::from_secs(15);
+
+/// How it ended.
+#[derive(Debug)]
+struct Done {
+    outcome: Outcome,
+    layer: Option<Layer>,
+    incident: Option<u64>,
+    down_ms: u64,
+    took_ms: u64,
+    words: String,
+}
+
+/// Puts the node right, or says what would be done.
+pub(super) fn run(desk: &Desk, options: &Recover) -> Result<Exit> {
+    let only = options.only.as_deref().map(layer).transpose()?;
+    let node = desk.node()?;
+    let seen = judging::look(desk, &node, &mut judging::judge(desk));
+    let care = if seen.verdict.is_serving() { Care::Quick } else { Care::Down };
+    let exam = examine(desk, &node, care)?;
+    if options.dry_run {
+        return Ok(dry_run(desk, &node, &seen, &exam, only));
+    }
+    refuse_hands_off(desk)?;
+    let p = desk.printer;
+    p.line(check::headline(desk, &node, &seen.verdict));
+    let began = clock::now();
+    let done = match only {
+        Some(layer) => by_hand(desk, &node, layer, &exam)?,
+        None if seen.verdict.is_serving() && exam.need == Need::Nothing => Done {
+            outcome: Outcome::LeftAlone,
+            layer: None,
+            incident: None,
+            down_ms: 0,
+            took_ms: 0,
+            words: "it serves and its disk is whole: there is nothing to put right".to_owned(),
+        },
+        None => by_agent(desk)?,
+    };
+    let took_ms = clock::now().since_ms(began).unwrap_or(0).max(done.took_ms);
+    tell(desk, &node, &done, took_ms);
+    Ok(match done.outcome {
+        Outcome::Recovered => Exit::Done,
+        Outcome::LeftAlone if done.incident.is_none() => Exit::Done,
+        Outcome::LeftAlone | Outcome::Failed => Exit::Failed,
+        Outcome::Emergency => Exit::Emergency,
+    })
+}
+
+fn tell(desk: &Desk, node: &Node, done: &Done, took_ms: u64) {
+    let p = desk.printer;
+    let word = match done.outcome {
+        Outcome::Recovered => p.green("recovered"),
+        Outcome::LeftAlone => p.yellow("left alone"),
+        Outcome::Emergency => p.red("emergency"),
+        Outcome::Failed => p.red("failed"),
+    };
+    p.line(format!("{} {word}: {}", p.bold(&node.name), done.words));
+    if let Some(id) = done.incident {
+        p.line(format!("  koboshi incidents show {id} tells it moment by moment"));
+    }
+    let fields = Fields::default()
+        .put("dry_run", false)
+        .put("node", node_json(node))
+        .put("outcome", serde_json::json!(done.outcome))
+        .put("layer", done.layer.map_or("none", Layer::name))
+        .maybe("incident", done.incident)
+        .put("why", done.words.as_str())
+        .put("down_ms", done.down_ms as f64)
+        .put("took_ms", took_ms as f64);
+    p.object(fields.done());
+}
+
+/// A layer that this version can run, by its name.
+fn layer(name: &str) -> Result<Layer> {
+    const BUILT: [Layer; 3] = [Layer::InPlace, Layer::Restart, Layer::Restore];
+    BUILT.into_iter().find(|l| l.name() == name).ok_or_else(|| {
+        let why = if Layer::CLIMB.iter().any(|l| l.name() == name) {
+            "that layer is not part of this version"
+        } else {
+            "there is no such layer"
+        };
+        let names: Vec<&str> = BUILT.iter().map(|l| l.name()).collect();
+        Error::new(Kind::Usage, format!("recover with the layer {name:?}"), why).hint(format!("one of {}", names.join(", ")))
+    })
+}
+
+fn examine(desk: &Desk, node: &Node, care: Care) -> Result<Examination> {
+    let bar = desk.printer.spinner("looking at the disk");
+    // A store that cannot be used is a reason why a layer does not apply, not why the node cannot be looked at.
+    let store = step::open_store(&desk.places).unwrap_or_default();
+    let baseline = desk.baseline();
+    let exam = layers::examine(node, store.as_ref(), Some(&baseline), care, Deadline::after(EXAMINE_LIMIT));
+    bar.done();
+    exam
+}
+
+fn refuse_hands_off(desk: &Desk) -> Result<()> {
+    let refuse = |why: &str, hint: &str| Err(Error::new(Kind::Usage, "recover the node", why).hint(hint));
+    if desk.config.mode == Mode::Watch {
+        return refuse("koboshi only watches (mode = \"watch\")", "set mode = \"guard\" in the configuration");
+    }
+    if desk.will().paused(clock::wall().as_second()) {
+        return refuse("koboshi is paused", "koboshi resume, then again");
+    }
+    Ok(())
+}
+
+// ---- what it would do ----
+
+fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only: Option<Layer>) -> Exit {
+    let p = desk.printer;
+    let serving = seen.verdict.is_serving();
+    let disk = readiness::Disk {
+        findings: exam.findings.clone(),
+        good: exam.snapshot.clone(),
+        store_trouble: step::open_store(&desk.places).err().map(|e| e.to_string()),
+    };
+    let mut ready = readiness::layers(node, &disk);
+    if let Some(only) = only {
+        for r in ready.iter_mut().filter(|r| r.layer != only) {
+            r.state = Err("not asked for (--only)".to_owned());
+        }
+    }
+    let in_place = serving && matches!(exam.need, Need::InPlace | Need::Later);
+    let planned = engine::preview(&Ladder::new(readiness::rungs(&ready)));
+    let would = if serving && exam.need == Need::Nothing {
+        "nothing: it serves and its disk is whole".to_owned()
+    } else if in_place {
+        "repair in place, without a restart".to_owned()
+    } else if matches!(seen.verdict, Verdict::Inconclusive { .. }) && exam.need == Need::Nothing {
+        "wait: what was seen is not conclusive, and nothing is touched while it is not".to_owned()
+    } else {
+        "climb the ladder until the judge confirms that it serves".to_owned()
+    };
+    p.line(check::headline(desk, node, &seen.verdict));
+    for finding in &exam.findings {
+        p.line(format!("  found: {}", finding.what));
+        for evidence in &finding.evidence {
+            p.line(format!("         {evidence}"));
+        }
+    }
+    p.line(format!("It would {would}."));
+    for plan in planned.iter().filter(|_| !in_place) {
+        let name = format!("{:14}", plan.layer.name());
+        match (&plan.passed, ready.iter().find(|r| r.layer == plan.layer).map(|r| &r.state)) {
+            (Some(why), _) => p.line(format!("  {name} pass: {why}")),
+            (None, Some(Ok(how))) => p.line(format!(
+                "  {name} {how} (up to {} of work, over at {} at the latest)",
+                duration(plan.work_ms),
+                duration(plan.end_ms)
+            )),
+            (None, _) => p.line(format!("  {name} try")),
+        }
+    }
+    if let Some(why) = desk.hands_off() {
+        p.line(format!("Now it would touch nothing: {why}."));
+    }
+    let plan: Vec<_> = planned
+        .iter()
+        .map(|plan| {
+            Fields::default()
+                .put("layer", plan.layer.name())
+                .put("would_try", plan.passed.is_none() && !in_place)
+                .maybe("passed", plan.passed.clone())
+                .put("work_ms", plan.work_ms as f64)
+                .put("end_ms", plan.end_ms as f64)
+                .done()
+        })
+        .collect();
+    let fields = Fields::default()
+        .put("dry_run", true)
+        .put("node", node_json(node))
+        .put("verdict", verdict_name(&seen.verdict))
+        .maybe("why", verdict_why(&seen.verdict))
+        .put("would", would)
+        .put("need", serde_json::json!(exam.need))
+        .put("findings", findings_json(&exam.findings))
+        .maybe("snapshot", exam.snapshot.clone())
+        .maybe("hands_off", desk.hands_off())
+        .put("plan", plan);
+    p.object(fields.done());
+    check::exit(&seen.verdict)
+}
+
+// ---- by the agent ----
+
+fn by_agent(desk: &Desk) -> Result<Done> {
+    let before = desk.book()?.0;
+    let already_open = before.incident.as_ref().map(|i| i.id);
+    let own = match desk.agent() {
+        Some(_) => None,
+        None => {
+            desk.printer.note("no agent is running: one is started for this recovery only");
+            Some(Temporary::start(desk)?)
+        }
+    };
+    let result = ask_and_follow(desk, already_open, before.incidents);
+    if let Some(own) = own {
+        own.end(desk);
+        desk.printer.note("the agent of this recovery has ended; nothing guards the node now (koboshi install)");
+    }
+    result
+}
+
+fn ask_and_follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
+    if open.is_none() {
+        let said = control::give(&desk.places, &Order::Recover, ORDER_LIMIT)?;
+        desk.printer.note(format!("agent: {said}"));
+    }
+    follow(desk, open, before)
+}
+
+/// Tells the incident as it is journaled, until it is over.
+fn follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
+    let began = clock::now();
+    let deadline = Deadline::after(FOLLOW_LIMIT);
+    let mut told = 0;
+    loop {
+        let (state, records) = desk.book()?;
+        let number = state.incident.as_ref().map(|i| i.id).or(open);
+        let id = number.or_else(|| (state.incidents > before).then_some(state.incidents));
+        if let Some(id) = id
+            && let Some(one) = engine::summary::tell(&records).into_iter().rfind(|t| t.id == id)
+        {
+            for line in one.lines.iter().skip(told) {
+                desk.printer.note(format!("  +{:>10}  {}", duration(line.after_ms), line.what));
+            }
+            told = one.lines.len().max(told);
+        }
+        if let (Some(id), Some(done)) = (id, over(desk, &state)?) {
+            return Ok(Done { incident: Some(id), ..done });
+        }
+        let waited = clock::now().since_ms(began).unwrap_or(0);
+        if id.is_none() && Duration::from_millis(waited) >= QUIET {
+            let status = desk.status().filter(|s| s.verdict.is_serving() && s.confirmed);
+            if status.is_some() {
+                return Ok(Done {
+                    outcome: Outcome::Recovered,
+                    layer: None,
+                    incident: None,
+                    down_ms: 0,
+                    took_ms: waited,
+                    words: "it serves, confirmed, without a repair".to_owned(),
+                });
+            }
+        }
+        if desk.agent().is_none() {
+            return Err(Error::new(Kind::System, "recover the node", "the agent has ended")
+                .hint(format!("{} holds its last words", log(desk).display())));
+        }
+        if deadline.passed() {
+            return Err(Error::new(Kind::TimedOut, "recover the node", "the incident is still open")
+                .hint("koboshi status shows what the agent is doing; it goes on by itself"));
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Whether the incident that was open or opened is over, or holds.
+fn over(desk: &Desk, state: &engine::State) -> Result<Option<Done>> {
+    let none = |outcome, words: String| Done { outcome, layer: None, incident: None, down_ms: 0, took_ms: 0, words };
+    let Some(incident) = &state.incident else {
+        let Some(closed) = &state.closed else { return Ok(None) };
+        let words = match (closed.outcome, closed.layer) {
+            (Outcome::Recovered, Some(layer)) => format!("by {layer}; it was: {}", closed.why),
+            (Outcome::Recovered, None) => format!("by itself; it was: {}", closed.why),
+            (Outcome::LeftAlone | Outcome::Emergency | Outcome::Failed, _) => closed.why.clone(),
+        };
+        let down_ms = incidents::closed(desk, closed.id)?.map_or(closed.took_ms, |one| one.down_ms);
+        let done = Done { layer: closed.layer, took_ms: closed.took_ms, down_ms, ..none(closed.outcome, words) };
+        return Ok(Some(done));
+    };
+    Ok(match &incident.stage {
+        Stage::Fresh | Stage::Climbing(_) => None,
+        Stage::Holding(hold) => match hold.kind {
+            HoldKind::Emergency => Some(none(
+                Outcome::Emergency,
+                "every layer failed; a running agent goes on trying by itself".to_owned(),
+            )),
+            HoldKind::Latent => Some(none(
+                Outcome::Failed,
+                format!("it serves, but could not be repaired in place: {}", incident.cause),
+            )),
+            HoldKind::Degraded => Some(Done {
+                layer: hold.layer,
+                ..none(Outcome::Recovered, "it serves; what it silenced itself comes back by itself".to_owned())
+            }),
+        },
+    })
+}
+
+/// Where the agent of one recovery speaks.
+fn log(desk: &Desk) -> std::path::PathBuf {
+    desk.places.run_dir.join("recover.log")
+}
+
+/// An agent for one recovery.
+struct Temporary {
+    child: Child,
+    fd: PidFd,
+}
+
+impl Temporary {
+    fn start(desk: &Desk) -> Result<Temporary> {
+        let what = || "start an agent for this recovery".to_owned();
+        desk.places.make()?;
+        let log_file = std::fs::File::create(log(desk)).context(what)?;
+        let exe = std::env::current_exe().context(what)?;
+        let child = Command::new(exe)
+            .arg("--config")
+            .arg(&desk.places.config_file)
+            .arg("guard")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log_file))
+            .spawn()
+            .context(what)?;
+        let id = ProcessId::of(child.id())
+            .ok_or_else(|| Error::new(Kind::System, what(), "it ended at once").hint(format!("see {}", log(desk).display())))?;
+        let temporary = Temporary { child, fd: id.open()? };
+        let deadline = Deadline::after(AGENT_APPEARS);
+        while !deadline.passed() {
+            if desk.status().is_some_and(|s| s.agent == id) {
+                return Ok(temporary);
+            }
+            if temporary.fd.exited() {
+                break;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        temporary.end(desk);
+        Err(Error::new(Kind::System, what(), "it did not begin to guard").hint(format!("see {}", log(desk).display())))
+    }
+
+    /// Ends it, after its messages had time to leave. The gateway stays.
+    fn end(mut self, desk: &Desk) {
+        let deadline = Deadline::after(MESSAGES_LEAVE);
+        while !self.fd.exited() && !deadline.passed() {
+            let waiting = alert::Outbox::open(&desk.places.outbox()).is_ok_and(|mut o| !o.is_empty());
+            if !waiting {
+                break;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        let _ = self.fd.signal(rustix::process::Signal::TERM);
+        if !self.fd.wait(Deadline::after(AGENT_ENDS)) {
+            let _ = self.fd.signal(rustix::process::Signal::KILL);
+            let _ = self.fd.wait(Deadline::after(AGENT_ENDS));
+        }
+        let _ = self.child.try_wait();
+    }
+}
+
+// ---- one layer by hand ----
+
+/// Keeps the agent off while we work; its own will comes back however this ends.
+struct Off<'a> {
+    desk: &'a Desk,
+    before: Will,
+}
+
+impl Drop for Off<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.before.save(&self.desk.places) {
+            self.desk.printer.error(&e);
+        }
+    }
+}
+
+fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result<Done> {
+    let what = || format!("run the layer {layer} by hand");
+    let disk = readiness::Disk { findings: exam.findings.clone(), good: exam.snapshot.clone(), store_trouble: None };
+    if let Some(Err(why)) = applies(node, layer, &disk, exam) {
+        return Err(Error::new(Kind::System, what(), why).hint("koboshi recover --dry-run says what would work"));
+    }
+    let before = Will { stopped: false, ..desk.will() };
+    let until_s = clock::wall().as_second() + HANDS_OFF_S;
+    let _off = Off { desk, before: before.clone() };
+    Will { paused_until_s: Some(until_s), ..before }.save(&desk.places)?;
+    wait_for_hands_off(desk)?;
+
+    let began = clock::now();
+    let hands = desk.hands(node)?;
+    let containers = Containers::open(&node.name, &desk.places.run_dir)?;
+    let runner = Runner::new(containers.clone(), desk.places.clone());
+    let findings = exam.findings.clone();
+    let hung = node.gateway().is_some();
+    // Numbered above every incident, so that its quarantine is nobody else's.
+    let incident = desk.book()?.0.incidents.saturating_add(1_000_000);
+    let work = match layer {
+        Layer::Restart => Work::Restart { hung },
+        Layer::InPlace => Work::InPlace { findings, incident },
+        Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
+            Work::Restore { findings, hung, wider: false, incident }
+        }
+    };
+    let limit = Duration::from_millis(Rung::new(layer, Ok(()), 0).work_most_ms);
+    let baseline = desk.baseline();
+    let bar = desk.printer.spinner(&format!("{layer} at work"));
+    let answer = runner.run("job-by-hand", work, node, Some(&baseline), limit);
+    bar.done();
+    report(desk, layer, answer?)?;
+    if layer == Layer::InPlace {
+        let after = examine(desk, node, Care::Quick)?;
+        let whole = after.need == Need::Nothing;
+        let words = if whole { "repaired while it served" } else { "the disk is still not whole" };
+        let outcome = if whole { Outcome::Recovered } else { Outcome::Failed };
+        return Ok(Done { outcome, layer: Some(layer), incident: None, down_ms: 0, took_ms: 0, words: words.to_owned() });
+    }
+    let mut service = match hands {
+        Hands::Own(service, lock) => (service, Some(lock)),
+        Hands::Agent => (Box::new(crate::patient::Service::of(node, &desk.config, &containers, &desk.places)?), None),
+    };
+    service.0.manager().start(Deadline::after(MANAGER_LIMIT))?;
+    let mut judge = judging::judge(desk);
+    judge.started(clock::now());
+    let bar = desk.printer.spinner("judging the start");
+    let judgement = judging::watch(desk, node, &mut judge, START_LIMIT, |_| {});
+    bar.done();
+    let took_ms = clock::now().since_ms(began).unwrap_or(0);
+    let good = judgement.verdict.is_serving() && judgement.confirmed;
+    let down_ms = judgement.first_good.and_then(|at| at.since_ms(began)).unwrap_or(took_ms);
+    Ok(Done {
+        outcome: if good { Outcome::Recovered } else { Outcome::Failed },
+        layer: good.then_some(layer),
+        incident: None,
+        down_ms,
+        took_ms,
+        words: if good {
+            format!("by {layer}, run by hand")
+        } else {
+            verdict_why(&judgement.verdict).unwrap_or_else(|| "it could not be confirmed".to_owned())
+        },
+    })
+}
+
+fn applies(node: &Node, layer: Layer, disk: &readiness::Disk, exam: &Examination) -> Option<std::result::Result<(), String>> {
+    if layer == Layer::InPlace {
+        return Some(match (exam.need, &disk.good) {
+            (_, None) => Err("there is no good snapshot yet".to_owned()),
+            (Need::InPlace | Need::Later, Some(_)) => Ok(()),
+            (Need::Nothing, Some(_)) => Err("nothing on the disk is damaged".to_owned()),
+            (Need::Interruption, Some(_)) => Err("the damage needs the gateway stopped: use restore".to_owned()),
+        });
+    }
+    readiness::layers(node, disk).into_iter().find(|r| r.layer == layer).map(|r| r.state.map(|_| ()))
+}
+
+fn wait_for_hands_off(desk: &Desk) -> Result<()> {
+    let deadline = Deadline::after(AGENT_APPEARS);
+    while desk.agent().is_some() {
+        if desk.status().is_some_and(|s| s.hands_off.is_some() && s.incident.is_none()) {
+            return Ok(());
+        }
+        if deadline.passed() {
+            return Err(Error::new(Kind::TimedOut, "have the agent keep its hands off", "it is still at work")
+                .hint("koboshi status shows at what; try again when it is done"));
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Ok(())
+}
+
+fn report(desk: &Desk, layer: Layer, answer: Answer) -> Result<()> {
+    match answer {
+        Answer::Done(report) => {
+            for line in report.done.iter().chain(&report.undone) {
+                desk.printer.note(format!("  {layer}: {line}"));
+            }
+            Ok(())
+        }
+        Answer::Failed { what, why } => {
+            Err(Error::new(Kind::System, what, why).hint("koboshi recover --dry-run says what else would work"))
+        }
+        Answer::Examined(_)
+        | Answer::Taken { .. }
+        | Answer::Settled { .. }
+        | Answer::Tidied { .. }
+        | Answer::Delivered { .. } => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_built_layers_are_taken_and_others_say_what_there_is() {
+        assert_eq!(layer("restore").unwrap(), Layer::Restore);
+        let e = layer("peer-copy").unwrap_err();
+        assert!(e.why.contains("not part"), "{e}");
+        let e = layer("prayer").unwrap_err();
+        assert!(e.why.contains("no such") && e.hint.unwrap().contains("restart"));
+    }
+}

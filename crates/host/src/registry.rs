@@ -105,6 +105,7 @@ pub struct Registry {
     client: Client,
     settings: rc::Rc,
     auth: rc::Auth,
+    first_pause: Duration,
 }
 
 /// Why one try failed: whether another may help.
@@ -127,7 +128,7 @@ impl Registry {
         let settings = rc::Rc::load(env, home, extra_rc);
         let client = Client::new(&settings.options(env, home))?;
         let auth = settings.auth();
-        Ok(Registry { client, settings, auth })
+        Ok(Registry { client, settings, auth, first_pause: FIRST_PAUSE })
     }
 
     /// The address of a package's registry, fit to be shown: without credentials.
@@ -198,7 +199,7 @@ impl Registry {
         what: &str,
         read: impl Fn(&mut dyn Read) -> serde_json::Result<T>,
     ) -> Result<T> {
-        let mut tries = Tries::new(deadline);
+        let mut tries = Tries::new(deadline, self.first_pause);
         loop {
             let failed = match self.metadata_once(url, accept, deadline, what, &read) {
                 Ok(found) => return Ok(found),
@@ -267,7 +268,7 @@ impl Registry {
             return Ok(());
         }
         let mut part = Part::create(to)?;
-        let mut tries = Tries::new(deadline);
+        let mut tries = Tries::new(deadline, self.first_pause);
         loop {
             let before = part.done;
             let failed = match self.download_once(package, &mut part, progress, deadline, &what) {
@@ -394,12 +395,13 @@ struct Tries {
     deadline: Deadline,
     fruitless: u32,
     all: u32,
+    first_pause: Duration,
     pause: Duration,
 }
 
 impl Tries {
-    fn new(deadline: Deadline) -> Tries {
-        Tries { deadline, fruitless: 0, all: 0, pause: FIRST_PAUSE }
+    fn new(deadline: Deadline, first_pause: Duration) -> Tries {
+        Tries { deadline, fruitless: 0, all: 0, first_pause, pause: first_pause }
     }
 
     /// Pauses before the next try, or ends with the reason.
@@ -410,7 +412,7 @@ impl Tries {
         };
         self.all += 1;
         if brought_something {
-            (self.fruitless, self.pause) = (0, FIRST_PAUSE);
+            (self.fruitless, self.pause) = (0, self.first_pause);
         }
         self.fruitless += 1;
         if self.deadline.left() <= self.pause {

@@ -122,7 +122,8 @@ fn registry_with(rc: &str, env: &[(&str, &str)]) -> Registry {
     let file = dir.path().join("rc");
     std::fs::write(&file, rc).unwrap();
     let env: Env = env.iter().map(|(k, v)| (OsString::from(k), OsString::from(v))).collect();
-    Registry::with_env(&env, Some(dir.path()), &[file]).unwrap()
+    let registry = Registry::with_env(&env, Some(dir.path()), &[file]).unwrap();
+    Registry { first_pause: Duration::from_millis(5), ..registry }
 }
 
 fn registry(server: &Server) -> Registry {
@@ -251,7 +252,8 @@ fn lasting_errors_end_after_a_few_tries() {
     let server = Server::new(|_, _| status(500));
     let e = registry(&server).resolve("pkg", "1", soon()).unwrap_err();
     assert!(e.why.contains("answered 500 (tried 4 times)"), "{e}");
-    let e = registry(&server).resolve("pkg", "1", within(300)).unwrap_err();
+    let patient = Registry { first_pause: Duration::from_secs(3_600), ..registry(&server) };
+    let e = patient.resolve("pkg", "1", soon()).unwrap_err();
     assert_eq!(e.kind, Kind::TimedOut);
     assert!(e.why.contains("answered 500"), "the last reason is kept: {e}");
 }

@@ -19,16 +19,28 @@ pub(crate) const MAX_PATH_BYTES: usize = 64 * 1024;
 static STEPWISE: AtomicBool = AtomicBool::new(false);
 
 /// Opens a relative path beneath a directory, following no symlink at all and never leaving it.
-pub(crate) fn open_beneath(dir: BorrowedFd<'_>, path: &[u8], flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_beneath(
+    dir: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlags,
+    mode: Mode,
+) -> Result<OwnedFd, Errno> {
     if path.len() <= PIECE_BYTES {
         return open_piece(dir, path, flags, mode);
     }
     let mut at: Option<OwnedFd> = None;
     let mut rest = path;
     while rest.len() > PIECE_BYTES {
-        let Some(cut) = rest[..PIECE_BYTES].iter().rposition(|b| *b == b'/') else { return Err(Errno::NAMETOOLONG) };
+        let Some(cut) = rest[..PIECE_BYTES].iter().rposition(|b| *b == b'/') else {
+            return Err(Errno::NAMETOOLONG);
+        };
         let from = at.as_ref().map_or(dir, AsFd::as_fd);
-        let next = open_piece(from, &rest[..cut], OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let next = open_piece(
+            from,
+            &rest[..cut],
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         at = Some(next);
         rest = &rest[cut + 1..];
     }
@@ -38,7 +50,13 @@ pub(crate) fn open_beneath(dir: BorrowedFd<'_>, path: &[u8], flags: OFlags, mode
 fn open_piece(dir: BorrowedFd<'_>, path: &[u8], flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     if !STEPWISE.load(Ordering::Relaxed) {
-        match openat2(dir, path, flags, mode, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS) {
+        match openat2(
+            dir,
+            path,
+            flags,
+            mode,
+            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+        ) {
             // Older kernels do not know the call and some container filters forbid it.
             Err(Errno::NOSYS | Errno::PERM) => {}
             // A rename elsewhere on the system may race with the kernel's check for `..`; ours has none: try again.
@@ -113,7 +131,8 @@ impl Base {
                     let like = rustix::fs::fstat(&dir)?;
                     rustix::fs::mkdirat(&dir, part, Mode::from_raw_mode(0o755))?;
                     let made = open_beneath(dir.as_fd(), part.as_bytes(), DIR, Mode::empty())?;
-                    let (uid, gid) = (rustix::fs::Uid::from_raw(like.st_uid), rustix::fs::Gid::from_raw(like.st_gid));
+                    let (uid, gid) =
+                        (rustix::fs::Uid::from_raw(like.st_uid), rustix::fs::Gid::from_raw(like.st_gid));
                     // Without privilege it is ours and so is the parent: nothing to give away.
                     let _ = rustix::fs::fchown(&made, Some(uid), Some(gid));
                     made
@@ -193,7 +212,11 @@ impl Stat {
         let ns = |sec: i64, nsec: u64| {
             sec.saturating_mul(1_000_000_000).saturating_add(i64::try_from(nsec).unwrap_or(0))
         };
-        #[allow(clippy::useless_conversion, clippy::unnecessary_cast, reason = "widths differ by architecture")]
+        #[allow(
+            clippy::useless_conversion,
+            clippy::unnecessary_cast,
+            reason = "widths differ by architecture"
+        )]
         Stat {
             mode: s.st_mode as u32,
             uid: s.st_uid,

@@ -58,7 +58,8 @@ pub(crate) struct Ids {
 
 impl Ids {
     pub(crate) fn apply(&self, entry: &mut Entry) {
-        let map = |list: &[(u32, u32)], id: u32| list.iter().find(|(there, _)| *there == id).map_or(id, |p| p.1);
+        let map =
+            |list: &[(u32, u32)], id: u32| list.iter().find(|(there, _)| *there == id).map_or(id, |p| p.1);
         entry.uid = map(&self.uids, entry.uid);
         entry.gid = map(&self.gids, entry.gid);
     }
@@ -157,7 +158,7 @@ impl Merge<'_> {
             if self.full() {
                 break;
             }
-            if self.looked.entries % CLOCK_EVERY == 0 && self.deadline.passed() {
+            if self.looked.entries.is_multiple_of(CLOCK_EVERY) && self.deadline.passed() {
                 return Err(late("comparing the live tree"));
             }
             let order = match (tree.peek()?, walk.peek()?) {
@@ -181,7 +182,9 @@ impl Merge<'_> {
                     None => break,
                 },
                 Ordering::Equal => {
-                    let (Some(mut entry), Some(Step::Entry(found))) = (tree.next()?, walk.next()?) else { break };
+                    let (Some(mut entry), Some(Step::Entry(found))) = (tree.next()?, walk.next()?) else {
+                        break;
+                    };
                     ids.apply(&mut entry);
                     self.both(tree, &mut walk, known, entry, found)?;
                 }
@@ -235,7 +238,14 @@ impl Merge<'_> {
         self.report(&found.path, DifferenceKind::Extra);
     }
 
-    fn both(&mut self, tree: &mut TreeReader, walk: &mut Walk, known: &mut Known, entry: Entry, found: Found) -> Result<()> {
+    fn both(
+        &mut self,
+        tree: &mut TreeReader,
+        walk: &mut Walk,
+        known: &mut Known,
+        entry: Entry,
+        found: Found,
+    ) -> Result<()> {
         self.looked.entries += 1;
         if entry.database {
             self.databases.insert(entry.path.clone());
@@ -254,7 +264,8 @@ impl Merge<'_> {
             return Ok(());
         }
         let owner_differs = entry.uid != found.stat.uid || entry.gid != found.stat.gid;
-        let attributes_differ = owner_differs || entry.mode != found.stat.mode & 0o7777 && !found.stat.is_link();
+        let attributes_differ =
+            owner_differs || entry.mode != found.stat.mode & 0o7777 && !found.stat.is_link();
         match entry.kind {
             EntryKind::Special | EntryKind::Unread => {}
             EntryKind::Dir => {
@@ -458,14 +469,15 @@ fn refresh(layout: &Layout, reference: &RootRef, mut refreshed: Vec<Entry>) -> R
         basis = [0; 16];
     }
     // The basis stands in the first frame, so an index that keeps it is copied under it once more.
-    let tmp = if basis == [0; 16] { tmp } else { rebase(layout, tmp, basis)? };
+    let tmp = if basis == [0; 16] { tmp } else { rebase(layout, &tmp, basis)? };
     std::fs::rename(&tmp.1, &path).map_err(|e| Error::io(format!("publishing {}", path.display()), &e))?;
     Ok(())
 }
 
-fn rebase(
+/// Copies an index, to repeat another manifest with the same entries.
+pub(crate) fn rebase(
     layout: &Layout,
-    from: (std::fs::File, std::path::PathBuf),
+    from: &(std::fs::File, std::path::PathBuf),
     basis: seal::FileId,
 ) -> Result<(std::fs::File, std::path::PathBuf)> {
     let mut old = TreeReader::index(&from.1, &layout.key)?;

@@ -4,7 +4,8 @@ use crate::beneath::{Base, Stat};
 use crate::database;
 use crate::key::{Domain, Key, Name};
 use crate::tree::{
-    CHUNK_BYTES, DATABASE_CHUNK_BYTES, Entry, EntryKind, Live, MAX_FILE_BYTES, MAX_XATTR_BYTES, MAX_XATTRS, Run, push_name,
+    CHUNK_BYTES, DATABASE_CHUNK_BYTES, Entry, EntryKind, Live, MAX_FILE_BYTES, MAX_XATTR_BYTES, MAX_XATTRS,
+    Run, push_name,
 };
 use crate::walk::Found;
 use crate::{Problem, ProblemKind, Root};
@@ -163,7 +164,8 @@ impl<'a> Reader<'a> {
         Reader { base, root, key, tmp, deadline, buffer: Vec::new() }
     }
 
-    fn problem(&self, path: &[u8], kind: ProblemKind, why: impl ToString) -> Problem {
+    #[allow(clippy::needless_pass_by_value, reason = "a message, given as it comes")]
+    fn problem(&self, path: &[u8], kind: ProblemKind, why: impl std::fmt::Display) -> Problem {
         let path = PathBuf::from(OsStr::from_bytes(path));
         Problem { root: self.root.name.clone(), path, kind, why: why.to_string(), carried: false }
     }
@@ -221,7 +223,11 @@ impl<'a> Reader<'a> {
             let fd = self.base.open_at(&entry.path, OFlags::RDONLY | OFlags::NONBLOCK)?;
             let file = File::from(fd);
             if expected.size > MAX_FILE_BYTES {
-                return Ok(Some(self.problem(&entry.path, ProblemKind::TooLarge, "larger than the store's limit")));
+                return Ok(Some(self.problem(
+                    &entry.path,
+                    ProblemKind::TooLarge,
+                    "larger than the store's limit",
+                )));
             }
             let opened = if attempt == 1 { expected } else { stat_of(&file)? };
             if !opened.is_file() {
@@ -250,7 +256,11 @@ impl<'a> Reader<'a> {
                     return Ok(None);
                 }
                 entry.live.ctime_ns = 0;
-                return Ok(Some(self.problem(&entry.path, ProblemKind::Unsteady, "it changed while it was read")));
+                return Ok(Some(self.problem(
+                    &entry.path,
+                    ProblemKind::Unsteady,
+                    "it changed while it was read",
+                )));
             }
         }
         Ok(None)
@@ -269,7 +279,9 @@ impl<'a> Reader<'a> {
         let taken = match database::take(self.base, &entry.path, tmp, self.deadline) {
             Ok(t) => t,
             Err(e) => match e.kind {
-                Kind::Corrupt => return Ok(Some(self.problem(&entry.path, ProblemKind::CorruptDatabase, e.why))),
+                Kind::Corrupt => {
+                    return Ok(Some(self.problem(&entry.path, ProblemKind::CorruptDatabase, e.why)));
+                }
                 Kind::Denied | Kind::NotFound => {
                     return Ok(Some(self.problem(&entry.path, ProblemKind::Unreadable, e.why)));
                 }
@@ -391,7 +403,9 @@ fn normal(runs: Vec<Run>) -> Vec<Run> {
     let mut out: Vec<Run> = Vec::with_capacity(runs.len());
     for run in runs {
         match out.last_mut() {
-            Some(last) if last.name == run.name && last.count.checked_add(run.count).is_some() => last.count += run.count,
+            Some(last) if last.name == run.name && last.count.checked_add(run.count).is_some() => {
+                last.count += run.count;
+            }
             Some(_) | None => out.push(run),
         }
     }

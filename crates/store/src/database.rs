@@ -72,10 +72,11 @@ pub(crate) fn take(base: &Base, rel: &[u8], tmp: &Path, deadline: Deadline) -> R
         }
     }
     if !copied {
-        drop(files::create_private(&taken.path).or_else(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => File::options().write(true).truncate(true).open(&taken.path),
-            _ => Err(e),
-        }).context(what)?);
+        // Overtaken copies may lie there.
+        for ending in ["", "-wal", "-journal"] {
+            let _ = std::fs::remove_file(beside(&taken.path, ending.as_bytes()));
+        }
+        drop(files::create_private(&taken.path).context(what)?);
         backup(&live, &taken.path, deadline).map_err(|e| explain(what(), e))?;
     }
     check(&taken.path).map_err(|e| explain(what(), e))?;
@@ -97,7 +98,9 @@ impl From<rusqlite::Error> for Failure {
 fn explain(what: String, f: Failure) -> Error {
     match f {
         Failure::Damaged(why) => Error::new(Kind::Corrupt, what, why),
-        Failure::TimedOut => Error::new(Kind::TimedOut, what, "its writers left no moment free before the deadline"),
+        Failure::TimedOut => {
+            Error::new(Kind::TimedOut, what, "its writers left no moment free before the deadline")
+        }
         Failure::Sqlite(e) => {
             let kind = match e.sqlite_error_code() {
                 Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Kind::Corrupt,
@@ -115,7 +118,12 @@ fn exists(dir: std::os::fd::BorrowedFd<'_>, name: &[u8], ending: &[u8]) -> bool 
 }
 
 /// Copies main file, log and journal; false when they changed meanwhile.
-fn copy_set(dir: std::os::fd::BorrowedFd<'_>, name: &[u8], to: &Path, deadline: Deadline) -> std::io::Result<bool> {
+fn copy_set(
+    dir: std::os::fd::BorrowedFd<'_>,
+    name: &[u8],
+    to: &Path,
+    deadline: Deadline,
+) -> std::io::Result<bool> {
     const SET: [&[u8]; 3] = [b"", b"-wal", b"-journal"];
     let look = || SET.map(|ending| Stat::at(dir, &[name, ending].concat()).ok());
     let before = look();
@@ -155,7 +163,8 @@ fn copy_set(dir: std::os::fd::BorrowedFd<'_>, name: &[u8], to: &Path, deadline: 
 }
 
 fn backup(live: &Path, to: &Path, deadline: Deadline) -> std::result::Result<(), Failure> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let flags =
+        OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let source = Connection::open_with_flags(live, flags)?;
     source.busy_timeout(Duration::from_millis(BUSY_MS))?;
     let mut copy = Connection::open(to)?;
@@ -165,15 +174,22 @@ fn backup(live: &Path, to: &Path, deadline: Deadline) -> std::result::Result<(),
     loop {
         match work.step(-1)? {
             StepResult::Done => return Ok(()),
-            _ if deadline.passed() => return Err(Failure::TimedOut),
-            _ => std::thread::sleep(Duration::from_millis(BUSY_PAUSE_MS)),
+            StepResult::More | StepResult::Busy | StepResult::Locked | _ => {
+                if deadline.passed() {
+                    return Err(Failure::TimedOut);
+                }
+                std::thread::sleep(Duration::from_millis(BUSY_PAUSE_MS));
+            }
         }
     }
 }
 
 /// Settles the private copy (log and journal merged into the main file) and proves it.
 fn check(path: &Path) -> std::result::Result<(), Failure> {
-    let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+    let db = Connection::open_with_flags(
+        path,
+        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+    )?;
     db.pragma_update(None, "synchronous", "OFF")?;
     let wal = beside(path, b"-wal");
     if wal.metadata().is_ok_and(|m| m.len() > 0) {

@@ -56,7 +56,9 @@ impl Key {
         std::fs::File::open(path)
             .and_then(|f| f.take(MAX_KEY_FILE_BYTES).read_to_string(&mut text))
             .context(what)
-            .map_err(|e| e.hint("without this file the store cannot be read: bring it back from where you keep a copy"))?;
+            .map_err(|e| {
+                e.hint("without this file the store cannot be read: bring it back from where you keep a copy")
+            })?;
         let mut words = text.split_whitespace();
         let secret = match (words.next(), words.next(), words.next()) {
             (Some(FILE_WORD), Some(digits), None) => hex::decode::<32>(digits),
@@ -81,12 +83,8 @@ impl Key {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).context(what)?;
         }
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)
-            .context(what)?;
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(what)?;
         file.write_all(format!("{FILE_WORD} {}\n", hex::encode(&secret)).as_bytes()).context(what)?;
         file.sync_all().context(what)?;
         if let Some(parent) = path.parent() {

@@ -33,8 +33,9 @@ pub(crate) struct RootRef {
 
 impl RootRef {
     pub(crate) fn tree_id(&self) -> Result<FileId> {
-        hex::decode(&self.tree)
-            .ok_or_else(|| Error::new(Kind::Corrupt, format!("reading root {}", self.root.name), "its manifest has no name"))
+        hex::decode(&self.tree).ok_or_else(|| {
+            Error::new(Kind::Corrupt, format!("reading root {}", self.root.name), "its manifest has no name")
+        })
     }
 }
 
@@ -50,6 +51,9 @@ struct TrustRecord {
     snapshot: String,
     trust: Trust,
 }
+
+/// Ids of snapshots that cannot be read, and why.
+pub(crate) type Unreadable = Vec<(String, Error)>;
 
 /// Directory, key, and where things lie.
 #[derive(Debug)]
@@ -86,8 +90,12 @@ impl Layout {
 
     pub(crate) fn open(dir: &Path, key: Key) -> Result<Layout> {
         if !dir.join("packs").is_dir() {
-            return Err(Error::new(Kind::NotFound, format!("opening the store {}", dir.display()), "there is no store")
-                .hint("`koboshi snapshot create` makes the first snapshot"));
+            return Err(Error::new(
+                Kind::NotFound,
+                format!("opening the store {}", dir.display()),
+                "there is no store",
+            )
+            .hint("`koboshi snapshot create` makes the first snapshot"));
         }
         let layout = Layout { dir: dir.to_owned(), key };
         layout.check_format()?;
@@ -124,7 +132,9 @@ impl Layout {
     }
     pub(crate) fn index_path(&self, root: &str) -> PathBuf {
         // A root's name is free text; its hash is a file name.
-        self.dir.join("index").join(format!("{}.index", hex::encode(&blake3::hash(root.as_bytes()).as_bytes()[..16])))
+        self.dir
+            .join("index")
+            .join(format!("{}.index", hex::encode(&blake3::hash(root.as_bytes()).as_bytes()[..16])))
     }
     fn head_path(&self, id: &str) -> PathBuf {
         self.dir.join("snapshots").join(format!("{id}.snapshot"))
@@ -139,13 +149,22 @@ impl Layout {
         let what = || format!("locking {}", path.display());
         let file = {
             use std::os::unix::fs::OpenOptionsExt;
-            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).context(what)?
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .context(what)?
         };
         loop {
             match rustix::fs::flock(&file, how) {
                 Ok(()) => return Ok(Some(Held { _file: file })),
                 Err(rustix::io::Errno::WOULDBLOCK) if deadline.passed() => return Ok(None),
-                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(LOCK_PAUSE_MS)),
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    std::thread::sleep(Duration::from_millis(LOCK_PAUSE_MS));
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(Error::io(what(), &std::io::Error::from(e))),
             }
@@ -216,13 +235,20 @@ impl Layout {
     pub(crate) fn head(&self, id: &str) -> Result<Head> {
         let what = || format!("reading snapshot {id}");
         if !is_id(id) {
-            return Err(Error::new(Kind::Usage, what(), "that is not a snapshot's id").hint("`koboshi snapshot list` shows them"));
+            return Err(Error::new(Kind::Usage, what(), "that is not a snapshot's id")
+                .hint("`koboshi snapshot list` shows them"));
         }
-        let bytes = seal::read_small(&self.head_path(id), FileKind::Head, &self.key).map_err(|e| match e.kind {
-            Kind::NotFound => Error::new(Kind::NotFound, what(), "there is no such snapshot")
-                .hint("`koboshi snapshot list` shows them"),
-            _ => Error { what: what(), ..e },
-        })?;
+        let bytes =
+            seal::read_small(&self.head_path(id), FileKind::Head, &self.key).map_err(|e| match e.kind {
+                Kind::NotFound => Error::new(Kind::NotFound, what(), "there is no such snapshot")
+                    .hint("`koboshi snapshot list` shows them"),
+                Kind::Usage
+                | Kind::TimedOut
+                | Kind::Corrupt
+                | Kind::NoSpace
+                | Kind::Denied
+                | Kind::System => Error { what: what(), ..e },
+            })?;
         let mut head: Head =
             serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Corrupt, what(), e))?;
         if head.info.id != id {
@@ -250,7 +276,8 @@ impl Layout {
 
     /// Publishes a snapshot: from here on it exists.
     pub(crate) fn write_head(&self, head: &Head) -> Result<()> {
-        let bytes = serde_json::to_vec(head).map_err(|e| Error::new(Kind::System, "writing the snapshot", e))?;
+        let bytes =
+            serde_json::to_vec(head).map_err(|e| Error::new(Kind::System, "writing the snapshot", e))?;
         let (file, tmp) = seal::write_small(self.tmp_file()?, FileKind::Head, &self.key, &bytes)?;
         files::publish(&file, &tmp, &self.head_path(&head.info.id))
     }
@@ -268,7 +295,7 @@ impl Layout {
     }
 
     /// Every snapshot that can be read, oldest first, and what is wrong with the others.
-    pub(crate) fn heads(&self) -> Result<(Vec<Head>, Vec<(String, Error)>)> {
+    pub(crate) fn heads(&self) -> Result<(Vec<Head>, Unreadable)> {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
         for id in self.ids()? {
             match self.head(&id) {

@@ -59,7 +59,8 @@ impl Store {
         }
         let has_snapshots = dir.join("packs").is_dir()
             && std::fs::read_dir(dir.join("snapshots")).is_ok_and(|mut d| d.next().is_some());
-        let key = if key_file.exists() || has_snapshots { Key::read(key_file)? } else { Key::create(key_file)? };
+        let key =
+            if key_file.exists() || has_snapshots { Key::read(key_file)? } else { Key::create(key_file)? };
         Ok(Store { layout: Layout::create(dir, key)? })
     }
 
@@ -132,7 +133,13 @@ impl Store {
 
     /// How the live trees differ from a snapshot, in the given classes. At most 50,000 differences per root; then
     /// the last is [`DifferenceKind::TooMany`].
-    pub fn compare(&self, id: &str, classes: &[Class], depth: Depth, deadline: Deadline) -> Result<Vec<Difference>> {
+    pub fn compare(
+        &self,
+        id: &str,
+        classes: &[Class],
+        depth: Depth,
+        deadline: Deadline,
+    ) -> Result<Vec<Difference>> {
         Ok(self.look(id, classes, depth, deadline)?.differences)
     }
 
@@ -209,7 +216,11 @@ impl Store {
         deadline: Deadline,
     ) -> Result<Repaired> {
         if let Some(class) = classes.iter().find(|c| !head.info.classes.contains_key(c)) {
-            return Err(Error::new(Kind::NotFound, "using this snapshot", format!("it does not hold the {class}")));
+            return Err(Error::new(
+                Kind::NotFound,
+                "using this snapshot",
+                format!("it does not hold the {class}"),
+            ));
         }
         accept(&head.info).map_err(|why| Error::new(Kind::NotFound, "using this snapshot", why))?;
         repair::run(&self.layout, head, Scope::Classes(classes), plan, deadline)

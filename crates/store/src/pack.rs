@@ -161,7 +161,9 @@ impl<'a> PackWriter<'a> {
     fn close_pack(&mut self) -> Result<()> {
         let Some(mut pack) = self.open.take() else { return Ok(()) };
         let what = || "writing a pack's index".to_string();
-        let mut plain = Vec::with_capacity(8 + pack.blocks.len() * INDEX_BLOCK_BYTES + pack.objects.len() * INDEX_RECORD_BYTES);
+        let mut plain = Vec::with_capacity(
+            8 + pack.blocks.len() * INDEX_BLOCK_BYTES + pack.objects.len() * INDEX_RECORD_BYTES,
+        );
         plain.extend_from_slice(&u32::try_from(pack.blocks.len()).unwrap_or(0).to_le_bytes());
         plain.extend_from_slice(&u32::try_from(pack.objects.len()).unwrap_or(0).to_le_bytes());
         for (offset, stored, raw) in &pack.blocks {
@@ -299,12 +301,18 @@ impl Pack {
         Ok(pack)
     }
 
-    fn read_index(&mut self, key: &Key, ordinal: u32, records: &mut Vec<Record>) -> std::result::Result<(), String> {
+    fn read_index(
+        &mut self,
+        key: &Key,
+        ordinal: u32,
+        records: &mut Vec<Record>,
+    ) -> std::result::Result<(), String> {
         let cut = |_| "its index cannot be read".to_string();
         let end = self.bytes.checked_sub(TRAILER_BYTES as u64).ok_or("it is cut short")?;
         let mut trailer = [0; TRAILER_BYTES];
         self.file.read_exact_at(&mut trailer, end).map_err(cut)?;
-        if &trailer[16..24] != TRAILER_MAGIC || trailer[24..] != blake3::hash(&trailer[..24]).as_bytes()[..8] {
+        if &trailer[16..24] != TRAILER_MAGIC || trailer[24..] != blake3::hash(&trailer[..24]).as_bytes()[..8]
+        {
             return Err("its end is damaged".into());
         }
         let offset = u64_at(&trailer, 0);
@@ -495,7 +503,12 @@ impl<'a> ObjectReader<'a> {
     }
 
     /// Appends the object's bytes to `out` if any place in the store holds them and they are right.
-    pub(crate) fn read(&mut self, name: &Name, domain: Domain, out: &mut Vec<u8>) -> std::result::Result<(), String> {
+    pub(crate) fn read(
+        &mut self,
+        name: &Name,
+        domain: Domain,
+        out: &mut Vec<u8>,
+    ) -> std::result::Result<(), String> {
         let mut why = None;
         for place in self.objects.places(name) {
             let block = match self.block(place.pack, place.block) {

@@ -37,7 +37,8 @@ pub(crate) fn size(layout: &Layout) -> Result<Size> {
     };
     let packs_bytes = sum("packs")?.0;
     let (heads_bytes, snapshots) = sum("snapshots")?;
-    let others: u64 = ["trees", "trust", "index", "tmp"].iter().map(|p| sum(p).map(|s| s.0)).sum::<Result<u64>>()?;
+    let others: u64 =
+        ["trees", "trust", "index", "tmp"].iter().map(|p| sum(p).map(|s| s.0)).sum::<Result<u64>>()?;
     Ok(Size { bytes: packs_bytes + heads_bytes + others, packs_bytes, snapshots })
 }
 
@@ -45,7 +46,8 @@ pub(crate) fn size(layout: &Layout) -> Result<Size> {
 fn protected(heads: &[Head]) -> HashSet<String> {
     let mut keep: HashSet<String> = heads.last().map(|h| h.info.id.clone()).into_iter().collect();
     for class in Class::ALL {
-        let newest = heads.iter().rev().find(|h| h.info.trust.trusted() && h.info.classes.contains_key(&class));
+        let newest =
+            heads.iter().rev().find(|h| h.info.trust.trusted() && h.info.classes.contains_key(&class));
         keep.extend(newest.map(|h| h.info.id.clone()));
     }
     keep
@@ -157,7 +159,9 @@ fn collect(layout: &Layout, objects: &Objects, needed: &Needed, deadline: Deadli
     let small = |p: usize| objects.packs[p].bytes < SMALL_PACK_BYTES;
     let many_small = (0..objects.packs.len()).filter(|p| small(*p)).count() > MAX_SMALL_PACKS;
     let old: Vec<usize> = (0..objects.packs.len())
-        .filter(|p| live[*p] * 100 < objects.packs[*p].bytes * WORTH_KEEPING_PERCENT || many_small && small(*p))
+        .filter(|p| {
+            live[*p] * 100 < objects.packs[*p].bytes * WORTH_KEEPING_PERCENT || many_small && small(*p)
+        })
         .collect();
     let moved = rewrite(layout, objects, &old, &mut live_records, deadline)?;
     for pack in old {

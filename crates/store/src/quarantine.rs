@@ -207,4 +207,3 @@ pub(crate) fn remove_tree(dir: BorrowedFd<'_>, name: &[u8]) -> std::io::Result<(
     }
     Ok(rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR)?)
 }
-

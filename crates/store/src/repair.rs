@@ -71,7 +71,13 @@ struct Staged<'a> {
     steps: Vec<Step>,
 }
 
-pub(crate) fn run(layout: &Layout, head: &Head, scope: Scope<'_>, plan: &Plan, deadline: Deadline) -> Result<Repaired> {
+pub(crate) fn run(
+    layout: &Layout,
+    head: &Head,
+    scope: Scope<'_>,
+    plan: &Plan,
+    deadline: Deadline,
+) -> Result<Repaired> {
     let meter = Meter::start();
     let _alone = layout.repair_lock(deadline)?;
     let _reading = layout.read_lock();
@@ -109,14 +115,21 @@ fn open_root(reference: &RootRef) -> Result<Option<Base>> {
     }
 }
 
-fn works(layout: &Layout, head: &Head, scope: Scope<'_>, plan: &Plan, deadline: Deadline) -> Result<Vec<Work>> {
+fn works(
+    layout: &Layout,
+    head: &Head,
+    scope: Scope<'_>,
+    plan: &Plan,
+    deadline: Deadline,
+) -> Result<Vec<Work>> {
     let mut works: Vec<Work> = Vec::new();
     match scope {
         Scope::Classes(classes) => {
             for reference in head.trees.iter().filter(|t| classes.contains(&t.root.class)) {
                 let reference = relocated(reference, plan);
                 let base = open_root(&reference)?;
-                let looked = compare::root(layout, &reference, base.as_ref(), &ids(plan), Depth::Stat, deadline)?;
+                let looked =
+                    compare::root(layout, &reference, base.as_ref(), &ids(plan), Depth::Stat, deadline)?;
                 works.push(work(reference, looked.differences.iter(), looked.leftovers));
             }
         }
@@ -137,7 +150,8 @@ fn works(layout: &Layout, head: &Head, scope: Scope<'_>, plan: &Plan, deadline: 
                 let everything = list.iter().any(|d| d.kind == DifferenceKind::TooMany);
                 if everything {
                     let base = open_root(&reference)?;
-                    let looked = compare::root(layout, &reference, base.as_ref(), &ids(plan), Depth::Stat, deadline)?;
+                    let looked =
+                        compare::root(layout, &reference, base.as_ref(), &ids(plan), Depth::Stat, deadline)?;
                     works.push(work(reference, looked.differences.iter(), looked.leftovers));
                 } else {
                     works.push(work(reference, list.into_iter(), Vec::new()));
@@ -211,6 +225,7 @@ fn round(
         spares: &plan.spares,
         deadline,
         made: Vec::new(),
+        taken: Vec::new(),
         files: AtomicU64::new(0),
         bytes: AtomicU64::new(0),
         from_live: AtomicU64::new(0),
@@ -263,7 +278,8 @@ fn aside_leftovers(layout: &Layout, work: &Work, quarantine: &mut Quarantine<'_>
         }
     }
     let mut buffer = [std::mem::MaybeUninit::uninit(); 8192];
-    let top = rustix::fs::openat(base.top(), c".", DIR, Mode::empty()).context(|| format!("listing beside {name}"))?;
+    let top = rustix::fs::openat(base.top(), c".", DIR, Mode::empty())
+        .context(|| format!("listing beside {name}"))?;
     let mut names = Vec::new();
     let mut listing = rustix::fs::RawDir::new(&top, &mut buffer);
     for _ in 0..MAX_BESIDE {
@@ -293,6 +309,8 @@ struct Stage<'a> {
     deadline: Deadline,
     /// Everything made under our own names, for undoing.
     made: Vec<(Arc<OwnedFd>, Vec<u8>)>,
+    /// Spares taken from where they stood, for putting back: (their directory, their name, ours, our name).
+    taken: Vec<Borrowed>,
     files: AtomicU64,
     bytes: AtomicU64,
     from_live: AtomicU64,
@@ -301,6 +319,9 @@ struct Stage<'a> {
     whole: Vec<String>,
     from_spare: Vec<String>,
 }
+
+/// A spare on its way: its directory and name there, ours and its name here.
+type Borrowed = (OwnedFd, Vec<u8>, Arc<OwnedFd>, Vec<u8>);
 
 /// Sends jobs to the workers and counts what is under way.
 struct Feed {
@@ -354,7 +375,8 @@ impl<'a> Stage<'a> {
     /// Phase 1 for one root.
     fn root<'w>(&mut self, work: &'w Work) -> Result<Staged<'w>> {
         let reference = &work.reference;
-        let missing_whole = work.ops.first().is_some_and(|(p, k)| p.is_empty() && *k == DifferenceKind::Missing);
+        let missing_whole =
+            work.ops.first().is_some_and(|(p, k)| p.is_empty() && *k == DifferenceKind::Missing);
         let base = match open_root(reference)? {
             Some(b) => b,
             None if missing_whole => Base::open_making_parents(&reference.root.path)
@@ -382,7 +404,11 @@ impl<'a> Stage<'a> {
         let mut made = std::mem::take(&mut self.made);
         let mut counts = (0u64, 0u64);
         let ids = &self.ids;
-        let workers = if needs.files + usize::from(needs.trees > 0) * BATCH_JOBS > BATCH_JOBS / 2 { WORKERS } else { 1 };
+        let workers = if needs.files + usize::from(needs.trees > 0) * BATCH_JOBS > BATCH_JOBS / 2 {
+            WORKERS
+        } else {
+            1
+        };
         let result = std::thread::scope(|scope| -> Result<()> {
             for _ in 0..workers {
                 let (batches, to_main) = (&batches, to_main.clone());
@@ -431,7 +457,9 @@ impl<'a> Stage<'a> {
     /// A ready tree that is proven to be the snapshot's stands in for writing it.
     fn take_spare(&mut self, staged: &mut Staged<'_>) -> Result<bool> {
         let reference = staged.reference;
-        let Some((_, path)) = self.spares.iter().find(|(name, _)| *name == reference.root.name) else { return Ok(false) };
+        let Some((_, path)) = self.spares.iter().find(|(name, _)| *name == reference.root.name) else {
+            return Ok(false);
+        };
         if !reference.root.class.converges() {
             return Ok(false);
         }
@@ -441,7 +469,8 @@ impl<'a> Stage<'a> {
         if !looked.differences.is_empty() {
             return Ok(false);
         }
-        let (from, from_name) = base.parent_of(&[]).context(|| format!("opening the spare {}", path.display()))?;
+        let (from, from_name) =
+            base.parent_of(&[]).context(|| format!("opening the spare {}", path.display()))?;
         let tmp = self.own_name()?;
         // To a name of ours beside the place first: only a rename within one directory may follow in phase 2.
         match rustix::fs::renameat_with(&from, &from_name, staged.base.top(), &tmp, RenameFlags::NOREPLACE) {
@@ -449,6 +478,7 @@ impl<'a> Stage<'a> {
             Err(_) => return Ok(false),
         }
         let dir = Arc::new(dup(staged.base.top())?);
+        self.taken.push((from, from_name, Arc::clone(&dir), tmp.clone()));
         staged.steps.push(Step::Place { dir, tmp, path: Vec::new(), database: false });
         self.whole.push(reference.root.name.clone());
         self.from_spare.push(reference.root.name.clone());
@@ -483,7 +513,8 @@ impl<'a> Stage<'a> {
                 needs.bytes += entry.runs.len() as u64 * u64::from(entry.chunk_bytes()).min(entry.size);
             }
         }
-        let space = rustix::fs::fstatvfs(base.top()).context(|| format!("asking for space at {}", base.path.display()))?;
+        let space = rustix::fs::fstatvfs(base.top())
+            .context(|| format!("asking for space at {}", base.path.display()))?;
         let blocks = if rustix::process::geteuid().is_root() { space.f_bfree } else { space.f_bavail };
         let free = blocks.saturating_mul(space.f_frsize);
         if needs.bytes > 0 && needs.bytes.saturating_add(SPACE_MARGIN_BYTES) > free {
@@ -499,6 +530,9 @@ impl<'a> Stage<'a> {
 
     /// Removes what phase 1 made; it was never part of the node.
     fn undo(&mut self) {
+        for (from, from_name, dir, tmp) in self.taken.drain(..) {
+            let _ = rustix::fs::renameat_with(&dir, &tmp, &from, &from_name, RenameFlags::NOREPLACE);
+        }
         for (dir, name) in self.made.drain(..).rev() {
             // What stays is moved to the quarantine by the next repair.
             let _ = crate::quarantine::remove_tree(dir.as_fd(), &name);
@@ -562,12 +596,14 @@ impl Planner<'_> {
             self.ids.apply(&mut entry);
             let (dir, name) = self.parent(&staged.base, path, &mut parent)?;
             let attributes_only = match kind {
-                DifferenceKind::ModeOrOwner | DifferenceKind::Attributes => match Stat::at(dir.as_fd(), &name) {
-                    // Another name of the same inode may lie outside: never change that one.
-                    Ok(s) if s.is_file() => s.nlink <= 1,
-                    Ok(_) => true,
-                    Err(_) => false,
-                },
+                DifferenceKind::ModeOrOwner | DifferenceKind::Attributes => {
+                    match Stat::at(dir.as_fd(), &name) {
+                        // Another name of the same inode may lie outside: never change that one.
+                        Ok(s) if s.is_file() => s.nlink <= 1,
+                        Ok(_) => true,
+                        Err(_) => false,
+                    }
+                }
                 DifferenceKind::Missing
                 | DifferenceKind::Changed
                 | DifferenceKind::Emptied
@@ -673,7 +709,8 @@ impl Planner<'_> {
             match entry.kind {
                 EntryKind::Dir => {
                     let fd = make(parent.as_fd(), name, &entry)?;
-                    let below = if top.path.is_empty() { &entry.path[..] } else { &entry.path[top.path.len() + 1..] };
+                    let below =
+                        if top.path.is_empty() { &entry.path[..] } else { &entry.path[top.path.len() + 1..] };
                     let within = [tmp, b"/", below].concat();
                     open.push((entry.path.clone(), fd));
                     dirs.push((within, entry));
@@ -683,7 +720,7 @@ impl Planner<'_> {
                     let name = name.to_vec();
                     self.feed.push(Job { entry, dir: parent, name })?;
                 }
-                EntryKind::Link => self.link(parent.as_fd(), &name.to_vec(), &entry)?,
+                EntryKind::Link => self.link(parent.as_fd(), name, &entry)?,
                 EntryKind::Special | EntryKind::Unread => {}
             }
         }
@@ -806,7 +843,11 @@ impl Writer<'_> {
             }
         }
         if at != entry.size {
-            return Err(Error::new(Kind::Corrupt, what(), "its objects are not as long as the manifest says"));
+            return Err(Error::new(
+                Kind::Corrupt,
+                what(),
+                "its objects are not as long as the manifest says",
+            ));
         }
         if hole {
             file.set_len(entry.size).context(what)?;
@@ -835,7 +876,10 @@ impl Writer<'_> {
         Err(Error::new(
             Kind::Corrupt,
             format!("restoring {} from snapshot {}", to_path(&entry.path).display(), self.head.info.id),
-            format!("object {} cannot be proven: {why}, and no live file has the same bytes", hex::encode(&name[..8])),
+            format!(
+                "object {} cannot be proven: {why}, and no live file has the same bytes",
+                hex::encode(&name[..8])
+            ),
         )
         .hint("an older snapshot may hold it; `koboshi snapshot verify` shows what else is damaged"))
     }
@@ -856,7 +900,9 @@ impl Writer<'_> {
                 if entry.database || !entry.runs.iter().any(|r| r.name == *name) {
                     continue;
                 }
-                let Some(number) = entry.objects().position(|(n, l)| n == *name && l == length) else { continue };
+                let Some(number) = entry.objects().position(|(n, l)| n == *name && l == length) else {
+                    continue;
+                };
                 let Ok(fd) = base.open_at(&entry.path, OFlags::RDONLY | OFlags::NONBLOCK) else { continue };
                 self.buffer.resize(length, 0);
                 if File::from(fd).read_exact_at(&mut self.buffer, number as u64 * chunk).is_ok()
@@ -995,7 +1041,13 @@ fn attributes(base: &Base, entry: &Entry) -> std::result::Result<(), Errno> {
     }
     if (s.uid, s.gid) != (entry.uid, entry.gid) {
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        permit(rustix::fs::chownat(&fd, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW))?;
+        permit(rustix::fs::chownat(
+            &fd,
+            c"",
+            Some(uid),
+            Some(gid),
+            AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW,
+        ))?;
     }
     if entry.kind == EntryKind::Link {
         return Ok(());
@@ -1028,7 +1080,11 @@ pub(crate) fn export(
     for r in chosen {
         let path = dest.join(&r.root.name);
         if path.symlink_metadata().is_ok() {
-            return Err(Error::new(Kind::Usage, format!("exporting to {}", path.display()), "it exists already"));
+            return Err(Error::new(
+                Kind::Usage,
+                format!("exporting to {}", path.display()),
+                "it exists already",
+            ));
         }
         plan.relocate.push((r.root.name.clone(), path));
         if r.entries > 0 {

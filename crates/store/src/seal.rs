@@ -72,7 +72,11 @@ pub(crate) fn header(kind: FileKind, key: &Key, id: FileId) -> [u8; HEADER_BYTES
 }
 
 /// Proves a header and gives the file's id.
-pub(crate) fn check_header(h: &[u8; HEADER_BYTES], kind: FileKind, key: &Key) -> std::result::Result<FileId, String> {
+pub(crate) fn check_header(
+    h: &[u8; HEADER_BYTES],
+    kind: FileKind,
+    key: &Key,
+) -> std::result::Result<FileId, String> {
     if h[40..] != blake3::hash(&h[..40]).as_bytes()[..8] {
         return Err("its header is damaged".into());
     }
@@ -124,7 +128,9 @@ impl Cipher {
         }
         let (nonce, rest) = sealed.split_at_mut(NONCE_BYTES);
         let (data, tag) = rest.split_at_mut(rest.len() - TAG_BYTES);
-        self.0.decrypt_in_place_detached(XNonce::from_slice(nonce), place, data, Tag::from_slice(tag)).ok()?;
+        self.0
+            .decrypt_in_place_detached(XNonce::from_slice(nonce), place, data, Tag::from_slice(tag))
+            .ok()?;
         Some(data)
     }
 }
@@ -180,11 +186,8 @@ impl FrameWriter {
             return Err(Error::new(Kind::System, what(), "one entry is larger than the format allows"));
         }
         let packed = self.packer.compress(&self.buffer).context(what)?;
-        let (flags, data) = if packed.len() < self.buffer.len() {
-            (FLAG_PACKED, &packed[..])
-        } else {
-            (0, &self.buffer[..])
-        };
+        let (flags, data) =
+            if packed.len() < self.buffer.len() { (FLAG_PACKED, &packed[..]) } else { (0, &self.buffer[..]) };
         let flags = flags | if last { FLAG_LAST } else { 0 };
         self.sealed.clear();
         let stored = data.len() + SEAL_BYTES;
@@ -255,7 +258,8 @@ impl FrameReader {
         self.file.read_exact(&mut lead).map_err(|_| self.corrupt("it is cut short"))?;
         let stored = u32::from_le_bytes([lead[0], lead[1], lead[2], lead[3]]) as usize;
         let flags = lead[4];
-        if !(SEAL_BYTES..=MAX_FRAME_BYTES + SEAL_BYTES + 1024).contains(&stored) || flags & !(FLAG_LAST | FLAG_PACKED) != 0
+        if !(SEAL_BYTES..=MAX_FRAME_BYTES + SEAL_BYTES + 1024).contains(&stored)
+            || flags & !(FLAG_LAST | FLAG_PACKED) != 0
         {
             return Err(self.corrupt("a frame is damaged"));
         }
@@ -279,12 +283,20 @@ impl FrameReader {
             let size = zstd::zstd_safe::get_frame_content_size(data).ok().flatten().unwrap_or(u64::MAX);
             let size = usize::try_from(size).unwrap_or(usize::MAX);
             if size > MAX_FRAME_BYTES {
-                return Err(Error::new(Kind::Corrupt, format!("reading {}", self.path.display()), "a frame is absurdly large"));
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    format!("reading {}", self.path.display()),
+                    "a frame is absurdly large",
+                ));
             }
             out.reserve(size);
-            self.unpacker
-                .decompress_to_buffer(data, out)
-                .map_err(|_| Error::new(Kind::Corrupt, format!("reading {}", self.path.display()), "a frame does not unpack"))?;
+            self.unpacker.decompress_to_buffer(data, out).map_err(|_| {
+                Error::new(
+                    Kind::Corrupt,
+                    format!("reading {}", self.path.display()),
+                    "a frame does not unpack",
+                )
+            })?;
         } else {
             out.extend_from_slice(data);
         }

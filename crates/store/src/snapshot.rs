@@ -43,7 +43,8 @@ type Done = (u64, Result<(Vec<Entry>, Vec<Problem>)>);
 /// A manifest and an index that are written but not published.
 struct NewTree {
     reference: RootRef,
-    tree: (File, PathBuf),
+    /// `None`: it turned out entry for entry the one before, which is named again.
+    tree: Option<(File, PathBuf)>,
     index: (File, PathBuf),
     problems: Vec<Problem>,
 }
@@ -91,7 +92,15 @@ pub(crate) fn take(
             let mut taker = Taker { layout, writers, objects: None, fresh: Fresh::default(), deadline };
             for root in request.roots {
                 let before = parent.as_ref().and_then(|p| p.trees.iter().find(|t| t.root.name == root.name));
-                taker.root(root, request.classes, before, progress, &mut references, &mut new_trees, &mut problems)?;
+                taker.root(
+                    root,
+                    request.classes,
+                    before,
+                    progress,
+                    &mut references,
+                    &mut new_trees,
+                    &mut problems,
+                )?;
             }
             progress(Progress { phase: Phase::Syncing, files: 0, bytes: 0, of_files: None });
             for writer in taker.writers {
@@ -100,7 +109,9 @@ pub(crate) fn take(
             Ok(())
         };
         let worked = work();
-        let synced = syncer.join().unwrap_or_else(|_| Err(Error::new(Kind::System, "syncing packs", "its thread failed")));
+        let synced = syncer
+            .join()
+            .unwrap_or_else(|_| Err(Error::new(Kind::System, "syncing packs", "its thread failed")));
         match (worked, synced) {
             // The syncer's reason is the first cause when both failed for the same disk.
             (_, Err(e)) | (Err(e), Ok(())) => Err(e),
@@ -110,8 +121,10 @@ pub(crate) fn take(
     carry_over_damaged(parent.as_ref(), &mut references, &mut new_trees, &mut problems);
 
     for new in &new_trees {
-        files::publish(&new.tree.0, &new.tree.1, &layout.tree_path(&new.reference.tree))?;
-        added.fetch_add(new.tree.0.metadata().map(|m| m.len()).unwrap_or(0), Atomic::Relaxed);
+        if let Some((file, tmp)) = &new.tree {
+            files::publish(file, tmp, &layout.tree_path(&new.reference.tree))?;
+            added.fetch_add(file.metadata().map(|m| m.len()).unwrap_or(0), Atomic::Relaxed);
+        }
         references.push(new.reference.clone());
     }
     // In the order they were asked for, whichever way they came.
@@ -145,7 +158,11 @@ fn check_roots(roots: &[Root]) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for root in roots {
         let bad = |why: &str| Err(Error::new(Kind::Usage, format!("taking root `{}`", root.name), why));
-        if root.name.is_empty() || root.name.len() > 200 || root.name.contains(['/', '\0']) || root.name.starts_with('.') {
+        if root.name.is_empty()
+            || root.name.len() > 200
+            || root.name.contains(['/', '\0'])
+            || root.name.starts_with('.')
+        {
             return bad("a root's name is a plain word");
         }
         if !root.path.is_absolute() {
@@ -174,16 +191,16 @@ fn carry_over_damaged(
     parent: Option<&Head>,
     references: &mut Vec<RootRef>,
     new_trees: &mut Vec<NewTree>,
-    problems: &mut Vec<Problem>,
+    problems: &mut [Problem],
 ) {
     let Some(parent) = parent else { return };
     let class_of = |name: &str, trees: &[NewTree]| {
         trees.iter().find(|t| t.reference.root.name == name).map(|t| t.reference.root.class)
     };
     for class in Class::ALL {
-        let damaged = problems.iter().any(|p| {
-            p.kind == ProblemKind::CorruptDatabase && class_of(&p.root, new_trees) == Some(class)
-        });
+        let damaged = problems
+            .iter()
+            .any(|p| p.kind == ProblemKind::CorruptDatabase && class_of(&p.root, new_trees) == Some(class));
         let before: Vec<&RootRef> = parent.trees.iter().filter(|t| t.root.class == class).collect();
         if !damaged || before.is_empty() {
             continue;
@@ -213,7 +230,7 @@ impl Taker<'_, '_> {
         &mut self,
         root: &Root,
         classes: &[Class],
-        before: Option<&RootRef>,
+        parent: Option<&RootRef>,
         progress: &mut dyn FnMut(Progress),
         references: &mut Vec<RootRef>,
         new_trees: &mut Vec<NewTree>,
@@ -224,24 +241,24 @@ impl Taker<'_, '_> {
             path: PathBuf::new(),
             kind: ProblemKind::Unreadable,
             why: format!("{} does not exist", path.display()),
-            carried: before.is_some(),
+            carried: parent.is_some(),
         };
         if !classes.contains(&root.class) {
-            references.extend(before.cloned());
+            references.extend(parent.cloned());
             return Ok(());
         }
         let base = match open_base(root)? {
             Some(base) => base,
             None => {
                 problems.push(missing(&root.path));
-                references.extend(before.cloned());
+                references.extend(parent.cloned());
                 return Ok(());
             }
         };
-        let of_files = before.map(|b| b.files);
+        let of_files = parent.map(|b| b.files);
+        let before = parent.filter(|b| b.root == *root && self.layout.tree_path(&b.tree).exists());
         progress(Progress { phase: Phase::Looking, files: 0, bytes: 0, of_files });
-        if let Some(before) = before.filter(|b| b.root == *root)
-            && self.layout.tree_path(&before.tree).exists()
+        if let Some(before) = before
             && unchanged(self.layout, &base, before, self.deadline)?
         {
             references.push(RootRef { taken: host::clock::wall(), ..before.clone() });
@@ -250,14 +267,14 @@ impl Taker<'_, '_> {
         if self.objects.is_none() {
             self.objects = Some(Objects::load(&self.layout.packs(), &self.layout.key)?);
         }
-        match self.take_root(root, &base, of_files, progress)? {
+        match self.take_root(root, &base, before, progress)? {
             Some(mut new) => {
                 problems.append(&mut new.problems);
                 new_trees.push(new);
             }
             None => {
                 problems.push(missing(&root.path));
-                references.extend(before.cloned());
+                references.extend(parent.cloned());
             }
         }
         Ok(())
@@ -268,9 +285,10 @@ impl Taker<'_, '_> {
         &mut self,
         root: &Root,
         base: &Base,
-        of_files: Option<u64>,
+        before: Option<&RootRef>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Option<NewTree>> {
+        let of_files = before.map(|b| b.files);
         let Some(objects) = &self.objects else { return Ok(None) };
         let (layout, fresh, deadline) = (self.layout, &self.fresh, self.deadline);
         let mut walk = Walk::new(base, Filter::of(root), false)?;
@@ -282,6 +300,7 @@ impl Taker<'_, '_> {
         let mut out = Sink {
             tree: TreeWriter::tree(layout.tmp_file()?, &layout.key, id)?,
             index: TreeWriter::index(layout.tmp_file()?, &layout.key, index_id, id)?,
+            before: before.and_then(|b| layout.tree(b).ok()),
             waiting: BTreeMap::new(),
             next: 0,
             entries: 0,
@@ -320,7 +339,10 @@ impl Taker<'_, '_> {
                     let last = step.is_none();
                     match step {
                         Some(Step::Entry(found)) => {
-                            if found.is_companion && content::has_databases(root.class) && base_is_database(base, &found.path) {
+                            if found.is_companion
+                                && content::has_databases(root.class)
+                                && base_is_database(base, &found.path)
+                            {
                                 continue;
                             }
                             batch_bytes += found.stat.size;
@@ -335,7 +357,8 @@ impl Taker<'_, '_> {
                         }),
                         None => {}
                     }
-                    if batch.len() >= BATCH_ENTRIES || batch_bytes >= BATCH_BYTES || last && !batch.is_empty() {
+                    if batch.len() >= BATCH_ENTRIES || batch_bytes >= BATCH_BYTES || last && !batch.is_empty()
+                    {
                         if deadline.passed() {
                             return Err(late("taking a snapshot"));
                         }
@@ -377,7 +400,14 @@ impl Taker<'_, '_> {
             bytes: out.bytes,
             taken: host::clock::wall(),
         };
-        Ok(Some(NewTree { reference, tree: out.tree.finish()?, index: out.index.finish()?, problems: out.problems }))
+        let same = out.is_same();
+        let (tree, mut index) = (out.tree.finish()?, out.index.finish()?);
+        if let Some(before) = before.filter(|_| same) {
+            index = crate::compare::rebase(layout, &index, before.tree_id()?)?;
+            let reference = RootRef { taken: reference.taken, ..before.clone() };
+            return Ok(Some(NewTree { reference, tree: None, index, problems: out.problems }));
+        }
+        Ok(Some(NewTree { reference, tree: Some(tree), index, problems: out.problems }))
     }
 }
 
@@ -429,6 +459,8 @@ fn work(
 struct Sink {
     tree: TreeWriter,
     index: TreeWriter,
+    /// The manifest before, for as long as this one is the same.
+    before: Option<TreeReader>,
     waiting: BTreeMap<u64, Vec<Entry>>,
     next: u64,
     entries: u64,
@@ -438,6 +470,19 @@ struct Sink {
 }
 
 impl Sink {
+    fn compare(&mut self, entry: &Entry) {
+        let Some(before) = &mut self.before else { return };
+        let same = matches!(before.next(), Ok(Some(was)) if was == Entry { live: was.live, ..entry.clone() });
+        if !same {
+            self.before = None;
+        }
+    }
+
+    /// Whether the manifest before held exactly the same.
+    fn is_same(&mut self) -> bool {
+        self.before.as_mut().is_some_and(|b| matches!(b.next(), Ok(None)))
+    }
+
     fn accept(&mut self, (number, entries, problems): (u64, Vec<Entry>, Vec<Problem>)) -> Result<()> {
         self.problems.extend(problems);
         // One damaged database must not be lost among many small troubles.
@@ -446,6 +491,7 @@ impl Sink {
         self.waiting.insert(number, entries);
         while let Some(entries) = self.waiting.remove(&self.next) {
             for entry in &entries {
+                self.compare(entry);
                 self.tree.push(entry)?;
                 self.index.push(entry)?;
                 self.entries += 1;
@@ -508,7 +554,9 @@ impl Known {
 
 /// Whether a root is, entry for entry, what the index says and the manifest holds: then nothing is written at all.
 fn unchanged(layout: &Layout, base: &Base, before: &RootRef, deadline: Deadline) -> Result<bool> {
-    let Ok(mut index) = TreeReader::index(&layout.index_path(&before.root.name), &layout.key) else { return Ok(false) };
+    let Ok(mut index) = TreeReader::index(&layout.index_path(&before.root.name), &layout.key) else {
+        return Ok(false);
+    };
     if index.basis != before.tree_id()? {
         return Ok(false);
     }
@@ -517,7 +565,7 @@ fn unchanged(layout: &Layout, base: &Base, before: &RootRef, deadline: Deadline)
     let mut count = 0u64;
     while let Some(step) = walk.next()? {
         count += 1;
-        if count % 4096 == 0 && deadline.passed() {
+        if count.is_multiple_of(4096) && deadline.passed() {
             return Err(late("looking for changes"));
         }
         let Step::Entry(found) = step else { return Ok(false) };
@@ -535,7 +583,9 @@ fn unchanged(layout: &Layout, base: &Base, before: &RootRef, deadline: Deadline)
 /// Whether the file that a `-wal`, `-shm` or `-journal` belongs to is a database.
 pub(crate) fn base_is_database(base: &Base, path: &[u8]) -> bool {
     let Some(main) = crate::walk::COMPANIONS.iter().find_map(|c| path.strip_suffix(*c)) else { return false };
-    let Ok(fd) = base.open_at(main, rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK) else { return false };
+    let Ok(fd) = base.open_at(main, rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK) else {
+        return false;
+    };
     let mut head = [0; 16];
     matches!(rustix::io::pread(&fd, &mut head[..], 0), Ok(16)) && &head == crate::database::MAGIC
 }
@@ -555,7 +605,10 @@ pub(crate) fn open_base(root: &Root) -> Result<Option<Base>> {
 }
 
 pub(crate) fn no_base(root: &Root, e: Errno) -> Error {
-    let error = Error::io(format!("opening root `{}` at {}", root.name, root.path.display()), &std::io::Error::from(e));
+    let error = Error::io(
+        format!("opening root `{}` at {}", root.name, root.path.display()),
+        &std::io::Error::from(e),
+    );
     // The kernel names a link in the last place a non-directory.
     let real = root.path.parent().and_then(|p| Some(p.canonicalize().ok()? == p)).unwrap_or(true);
     if e == Errno::LOOP || e == Errno::NOTDIR && !real {

@@ -23,7 +23,13 @@ fn reference(head: &Head, root: &str, path: &Path) -> Result<RootRef> {
     })
 }
 
-pub(crate) fn check(layout: &Layout, head: &Head, root: &str, path: &Path, deadline: Deadline) -> Result<Spare> {
+pub(crate) fn check(
+    layout: &Layout,
+    head: &Head,
+    root: &str,
+    path: &Path,
+    deadline: Deadline,
+) -> Result<Spare> {
     let spare = reference(head, root, path)?;
     let base = open_base(&spare.root)?;
     let looked = compare::root(layout, &spare, base.as_ref(), &Ids::default(), Depth::Stat, deadline)?;
@@ -35,7 +41,13 @@ pub(crate) fn check(layout: &Layout, head: &Head, root: &str, path: &Path, deadl
     })
 }
 
-pub(crate) fn make(layout: &Layout, head: &Head, root: &str, path: &Path, deadline: Deadline) -> Result<Spare> {
+pub(crate) fn make(
+    layout: &Layout,
+    head: &Head,
+    root: &str,
+    path: &Path,
+    deadline: Deadline,
+) -> Result<Spare> {
     let mut only = head.clone();
     only.trees = vec![reference(head, root, path)?];
     let class = only.trees[0].root.class;

@@ -371,7 +371,11 @@ impl TreeReader {
     pub(crate) fn tree(path: &Path, key: &Key, id: FileId) -> Result<TreeReader> {
         let frames = FrameReader::open(path, FileKind::Tree, key)?;
         if frames.id != id {
-            return Err(Error::new(Kind::Corrupt, format!("reading the manifest {}", path.display()), "it is another one"));
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("reading the manifest {}", path.display()),
+                "it is another one",
+            ));
         }
         Ok(TreeReader::new(frames, path, false))
     }
@@ -381,7 +385,11 @@ impl TreeReader {
         let mut first = Vec::new();
         frames.next(&mut first)?;
         let Ok(basis) = FileId::try_from(&first[..]) else {
-            return Err(Error::new(Kind::Corrupt, format!("reading the index {}", path.display()), "it is malformed"));
+            return Err(Error::new(
+                Kind::Corrupt,
+                format!("reading the index {}", path.display()),
+                "it is malformed",
+            ));
         };
         let mut r = TreeReader::new(frames, path, true);
         r.basis = basis;
@@ -518,8 +526,9 @@ mod tests {
     #[test]
     fn streams_come_back_as_written() {
         let dir = tempfile::tempdir().unwrap();
-        let entries: Vec<Entry> =
-            (0..5000).map(|i| file(&format!("d/{i:05}"), u64::from(CHUNK_BYTES) * (i % 3) + i, i as u8)).collect();
+        let entries: Vec<Entry> = (0..5000)
+            .map(|i| file(&format!("d/{i:05}"), u64::from(CHUNK_BYTES) * (i % 3) + i, i as u8))
+            .collect();
         assert_eq!(read(&write(dir.path(), &entries)).unwrap(), entries);
     }
 

@@ -120,7 +120,11 @@ fn remove(path: &Path) -> Result<()> {
     remove_tree(dir.as_fd(), name.as_bytes()).context(what)
 }
 
-fn trusted_names(layout: &Layout, heads: &[crate::layout::Head], deadline: Deadline) -> Result<HashSet<Name>> {
+fn trusted_names(
+    layout: &Layout,
+    heads: &[crate::layout::Head],
+    deadline: Deadline,
+) -> Result<HashSet<Name>> {
     let mut names = HashSet::new();
     let mut seen = HashSet::new();
     for head in heads.iter().filter(|h| h.info.trust.trusted()) {
@@ -152,7 +156,8 @@ fn remove_known(layout: &Layout, path: &Path, known: &HashSet<Name>, deadline: D
         return Ok(freed);
     }
     if meta.is_file() && is_known(layout, path, known, deadline)? {
-        let s = Stat::at(rustix::fs::CWD, path.as_os_str().as_bytes()).context(|| format!("looking at {}", path.display()))?;
+        let s = Stat::at(rustix::fs::CWD, path.as_os_str().as_bytes())
+            .context(|| format!("looking at {}", path.display()))?;
         remove(path)?;
         freed += s.blocks * 512;
     }

@@ -1,12 +1,12 @@
 //! Proving the store itself: every byte that a snapshot needs is opened, unpacked and hashed.
 
+use crate::content::late;
 use crate::files::Meter;
 use crate::key::Name;
 use crate::layout::{Head, Layout};
 use crate::pack::Objects;
 use crate::seal::Cipher;
 use crate::snapshot::WORKERS;
-use crate::content::late;
 use crate::{Bad, VerifyReport, hex};
 use host::clock::Deadline;
 use host::{Error, Kind, Result};
@@ -64,18 +64,17 @@ impl Needed {
             let mut count = 0u32;
             while let Some(entry) = tree.next()? {
                 count = count.wrapping_add(1);
-                if count % 4096 == 0 && deadline.passed() {
+                if count.is_multiple_of(4096) && deadline.passed() {
                     return Err(late("reading manifests"));
                 }
                 for run in &entry.runs {
-                    match objects.records.partition_point(|r| r.name < run.name) {
-                        at if objects.records.get(at).is_some_and(|r| r.name == run.name) => {
-                            if self.set(at) {
-                                fresh(at);
-                            }
+                    let at = objects.records.partition_point(|r| r.name < run.name);
+                    if objects.records.get(at).is_none_or(|r| r.name != run.name) {
+                        if self.missing.len() < MAX_BAD {
+                            self.missing.push((run.name, head.info.id.clone()));
                         }
-                        _ if self.missing.len() < MAX_BAD => self.missing.push((run.name, head.info.id.clone())),
-                        _ => {}
+                    } else if self.set(at) {
+                        fresh(at);
                     }
                 }
             }
@@ -114,7 +113,12 @@ pub(crate) fn run(layout: &Layout, id: Option<&str>, deadline: Deadline) -> Resu
         if let Err(e) = needed.mark(layout, head, &objects, &mut seen, deadline, &mut |_| {}) {
             match e.kind {
                 Kind::TimedOut => return Err(e),
-                Kind::Usage | Kind::NotFound | Kind::Corrupt | Kind::NoSpace | Kind::Denied | Kind::System => {
+                Kind::Usage
+                | Kind::NotFound
+                | Kind::Corrupt
+                | Kind::NoSpace
+                | Kind::Denied
+                | Kind::System => {
                     let id = head.info.id.clone();
                     report.bad.push(Bad { what: e.what, why: e.why, snapshots: vec![id] });
                 }
@@ -183,7 +187,9 @@ fn prove(
                                 bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
                                 continue;
                             }
-                            Some(_) | None => format!("its bytes in pack {} do not match its name", pack.name),
+                            Some(_) | None => {
+                                format!("its bytes in pack {} do not match its name", pack.name)
+                            }
                         },
                     };
                     broken.lock().unwrap_or_else(PoisonError::into_inner).insert(*record, why);
@@ -195,7 +201,11 @@ fn prove(
         let others: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
         let mine = work();
         others.into_iter().fold(mine, |all, other| {
-            all.and(other.join().unwrap_or_else(|_| Err(Error::new(Kind::System, "verifying", "a thread failed"))))
+            all.and(
+                other
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::new(Kind::System, "verifying", "a thread failed"))),
+            )
         })
     })?;
     report.objects = proven.into_inner();

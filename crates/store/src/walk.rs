@@ -218,7 +218,10 @@ impl Walk {
             Ok(stat) => Some(stat),
             Err(Errno::NOENT) => None,
             Err(e) => {
-                return Err(Error::io(format!("looking at {}", base.path.display()), &std::io::Error::from(e)));
+                return Err(Error::io(
+                    format!("looking at {}", base.path.display()),
+                    &std::io::Error::from(e),
+                ));
             }
         };
         let shared = Arc::new(Shared {

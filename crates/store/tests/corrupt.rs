@@ -28,7 +28,8 @@ fn no_flipped_bit_reaches_the_node() {
             let whole = fs::read(&path).unwrap();
             // Header, body and tail closely; the rest in steps.
             let step = (whole.len() / 24).max(1);
-            let at: Vec<usize> = (0..whole.len()).filter(|i| i % step == 0 || *i < 8 || i + 4 > whole.len()).collect();
+            let at: Vec<usize> =
+                (0..whole.len()).filter(|i| i % step == 0 || *i < 8 || i + 4 > whole.len()).collect();
             for at in at {
                 flip(&path, at);
                 fs::rename(&place.live, &kept).unwrap();
@@ -141,7 +142,8 @@ fn candidates_and_refused_ones_are_not_used() {
     place.take();
     fs::write(place.live.join("dist/1.js"), b"broken").unwrap();
     let newest = place.take_good().id;
-    let refuse = |i: &store::SnapshotInfo| if i.id == newest { Err("gate closed".to_string()) } else { Ok(()) };
+    let refuse =
+        |i: &store::SnapshotInfo| if i.id == newest { Err("gate closed".to_string()) } else { Ok(()) };
     let done = place.store.repair_newest(&PROGRAM, &place.plan(), &refuse, soon()).unwrap();
     assert_eq!(done.snapshot, good);
     assert!(done.passed_over[0].why.contains("gate closed"));
@@ -207,7 +209,10 @@ fn unchanged_classes_are_carried_over_and_cost_nothing() {
     let classes = [engine::words::Class::Workspace];
     let third = place.store.snapshot(&common::request(&place.roots, &classes), &mut |_| {}, soon()).unwrap();
     assert_eq!(third.classes[&engine::words::Class::Program], second.classes[&engine::words::Class::Program]);
-    assert!(third.classes[&engine::words::Class::Workspace].taken > second.classes[&engine::words::Class::Workspace].taken);
+    assert!(
+        third.classes[&engine::words::Class::Workspace].taken
+            > second.classes[&engine::words::Class::Workspace].taken
+    );
     assert!(third.cost.added_bytes < 4096, "{:?}", third.cost);
     // The whole node comes back from the third alone.
     fs::remove_dir_all(&place.live).unwrap();
@@ -234,7 +239,9 @@ fn quarantines_shrink_by_the_rules() {
     assert_eq!(store::trim_quarantine(&q, &place.store, u64::MAX, 14, soon()).unwrap(), 0);
     // Young files of the user's stay whatever the size.
     store::trim_quarantine(&q, &place.store, 0, 14, soon()).unwrap();
-    assert!(!q.join("1/program").exists() && q.join("1/notes/known").exists() && q.join("2/notes/new").exists());
+    assert!(
+        !q.join("1/program").exists() && q.join("1/notes/known").exists() && q.join("2/notes/new").exists()
+    );
     // "Older than 0 days" is anything of an earlier second.
     let deadline = soon();
     while q.join("2/notes/known").exists() {

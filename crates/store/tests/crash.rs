@@ -30,7 +30,10 @@ fn run_and_kill(role: &str, at: &Path, after_ms: u64) {
     let mut line = String::new();
     while !line.contains("begun") {
         line.clear();
-        assert!(std::io::BufRead::read_line(&mut out, &mut line).unwrap() > 0, "the child ended before it began");
+        assert!(
+            std::io::BufRead::read_line(&mut out, &mut line).unwrap() > 0,
+            "the child ended before it began"
+        );
     }
     std::thread::sleep(Duration::from_micros(after_ms * 100));
     child.kill().unwrap();
@@ -113,7 +116,11 @@ fn a_killed_repair_tears_nothing_and_loses_nothing() {
             if path.components().any(|c| c.as_os_str().to_string_lossy().starts_with(".koboshi-tmp-")) {
                 continue;
             }
-            assert!(good.get(&path) == Some(&line) || damaged.get(&path) == Some(&line), "{i}: {}", path.display());
+            assert!(
+                good.get(&path) == Some(&line) || damaged.get(&path) == Some(&line),
+                "{i}: {}",
+                path.display()
+            );
         }
         // What was there is still somewhere.
         let everywhere: Vec<String> = common::walk(&place.dir)

@@ -162,12 +162,14 @@ fn every_damage_is_seen_mended_and_kept() {
             // What stood in the way is in the quarantine, byte for byte.
             for (path, kind) in expected {
                 let kept = place.dir.join("quarantine/1/program").join(&path);
-                let kept = if path.as_os_str().is_empty() { place.dir.join("quarantine/1/program") } else { kept };
+                let kept =
+                    if path.as_os_str().is_empty() { place.dir.join("quarantine/1/program") } else { kept };
                 match kind {
                     K::Changed | K::Emptied | K::Extra | K::KindChanged | K::LinkTarget | K::HardLinked => {
                         let damaged = damaged.as_ref().unwrap();
                         for (p, line) in truth(&kept) {
-                            let was = &damaged[&if p.as_os_str().is_empty() { path.clone() } else { path.join(p) }];
+                            let was =
+                                &damaged[&if p.as_os_str().is_empty() { path.clone() } else { path.join(p) }];
                             assert_eq!(&line, was, "{name}: the replaced is kept");
                         }
                     }
@@ -226,7 +228,12 @@ fn attributes_never_reach_through_a_hard_link() {
     let inside = place.live.join("run.sh");
     fs::remove_file(&inside).unwrap();
     fs::hard_link(&victim, &inside).unwrap();
-    let lie = Difference { root: "program".into(), path: "run.sh".into(), class: Class::Program, kind: K::ModeOrOwner };
+    let lie = Difference {
+        root: "program".into(),
+        path: "run.sh".into(),
+        class: Class::Program,
+        kind: K::ModeOrOwner,
+    };
     place.store.repair(&id, Scope::Differences(&[lie]), &place.plan(), soon()).unwrap();
     assert_eq!(victim.metadata().unwrap().mode() & 0o7777, 0o600);
     assert_eq!(fs::read(&victim).unwrap(), b"shadow");
@@ -241,7 +248,12 @@ fn a_planted_symlink_leads_nowhere() {
     fs::create_dir(&outside).unwrap();
     // The comparison was made; then the directory is exchanged for a link that leads out.
     let list: Vec<Difference> = ["dist/1.js", "dist/2.js"]
-        .map(|p| Difference { root: "program".into(), path: p.into(), class: Class::Program, kind: K::Missing })
+        .map(|p| Difference {
+            root: "program".into(),
+            path: p.into(),
+            class: Class::Program,
+            kind: K::Missing,
+        })
         .into();
     fs::rename(place.live.join("dist"), place.dir.join("dist-away")).unwrap();
     symlink(&outside, place.live.join("dist")).unwrap();
@@ -265,7 +277,8 @@ fn differences_that_climb_are_refused() {
     let place = Place::new();
     let id = place.take_good().id;
     for path in ["../x", "/etc/passwd", "dist/../../x"] {
-        let d = Difference { root: "program".into(), path: path.into(), class: Class::Program, kind: K::Extra };
+        let d =
+            Difference { root: "program".into(), path: path.into(), class: Class::Program, kind: K::Extra };
         let e = place.store.repair(&id, Scope::Differences(&[d]), &place.plan(), soon()).unwrap_err();
         assert_eq!(e.kind, host::Kind::Usage, "{path}");
     }

@@ -28,8 +28,10 @@ fn open(db: &Path) -> Connection {
     c.busy_timeout(Duration::from_secs(10)).unwrap();
     c.pragma_update(None, "journal_mode", "WAL").unwrap();
     c.pragma_update(None, "synchronous", "OFF").unwrap();
-    c.execute_batch("CREATE TABLE IF NOT EXISTS t(a INTEGER PRIMARY KEY, b BLOB); CREATE INDEX IF NOT EXISTS i ON t(b)")
-        .unwrap();
+    c.execute_batch(
+        "CREATE TABLE IF NOT EXISTS t(a INTEGER PRIMARY KEY, b BLOB); CREATE INDEX IF NOT EXISTS i ON t(b)",
+    )
+    .unwrap();
     c
 }
 
@@ -144,10 +146,10 @@ fn main_log_and_index_move_together() {
     file.write_all_at(&[0xff; 4096], 4096).unwrap();
     let damaged = fs::read(&db).unwrap();
     let list = place.store.compare(&id, &STATE, store::Depth::Stat, soon()).unwrap();
-    assert_eq!(list.iter().map(|d| (d.path.to_str().unwrap(), d.kind)).collect::<Vec<_>>(), [(
-        "openclaw.sqlite",
-        DifferenceKind::Changed
-    )]);
+    assert_eq!(
+        list.iter().map(|d| (d.path.to_str().unwrap(), d.kind)).collect::<Vec<_>>(),
+        [("openclaw.sqlite", DifferenceKind::Changed)]
+    );
     place.store.repair(&id, Scope::Differences(&list), &place.plan(), soon()).unwrap();
     assert_eq!(names(&db), ["openclaw.sqlite"]);
     let kept = place.dir.join("quarantine/1/state");

@@ -68,7 +68,8 @@ fn sparse_files_cost_their_data_only() {
 fn paths_longer_than_the_kernels_limit_come_back() {
     let place = Place::new();
     let name = "d".repeat(200);
-    let mut dir = rustix::fs::open(&place.live, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
+    let mut dir =
+        rustix::fs::open(&place.live, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
     let mode = rustix::fs::Mode::from_raw_mode(0o755);
     let open = |dir: &std::os::fd::OwnedFd| {
         rustix::fs::openat(dir, &*name, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap()
@@ -85,11 +86,13 @@ fn paths_longer_than_the_kernels_limit_come_back() {
     assert_eq!(info.problems, []);
     fs::rename(&place.live, place.dir.join("away")).unwrap();
     place.store.repair(&info.id, Scope::Classes(&PROGRAM), &place.plan(), soon()).unwrap();
-    let mut dir = rustix::fs::open(&place.live, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
+    let mut dir =
+        rustix::fs::open(&place.live, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
     for _ in 0..depth {
         dir = open(&dir);
     }
-    let file = rustix::fs::openat(dir.as_fd(), "leaf", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+    let file = rustix::fs::openat(dir.as_fd(), "leaf", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())
+        .unwrap();
     assert_eq!(std::io::read_to_string(fs::File::from(file)).unwrap(), "deep");
     assert_eq!(place.store.compare(&info.id, &PROGRAM, Depth::Hash, soon()).unwrap(), []);
     // An extra one of that depth goes to the quarantine as it is.
@@ -123,7 +126,10 @@ fn files_that_change_while_they_are_read_are_stored_as_some_moment() {
             place.store.export(&info.id, &[Class::Workspace], &out, soon()).unwrap();
             let text = fs::read_to_string(out.join("notes/log.jsonl")).unwrap();
             for (i, line) in text.split_terminator('\n').enumerate() {
-                assert!(line.len() < 20 || line.parse::<usize>().unwrap() == i, "a prefix of what was written");
+                assert!(
+                    line.len() < 20 || line.parse::<usize>().unwrap() == i,
+                    "a prefix of what was written"
+                );
             }
         }
         stop.store(true, Ordering::Relaxed);
@@ -264,7 +270,10 @@ fn two_writers_never_write_at_once_and_readers_go_on() {
                 if !tried {
                     tried = true;
                     let roots = &place.roots;
-                    let e = place.store.snapshot(&common::request(roots, &PROGRAM), &mut |_| {}, soonest).unwrap_err();
+                    let e = place
+                        .store
+                        .snapshot(&common::request(roots, &PROGRAM), &mut |_| {}, soonest)
+                        .unwrap_err();
                     assert!(e.why.contains("another"), "{e}");
                     assert_eq!(place.store.list().unwrap().len(), 1);
                     assert_eq!(place.store.compare(&id, &PROGRAM, Depth::Stat, soon()).unwrap(), []);

@@ -81,7 +81,8 @@ pub fn settle(at: &Path) {
             last_access: rustix::fs::Timespec { tv_sec: 1_700_000_000, tv_nsec: 5 },
             last_modification: rustix::fs::Timespec { tv_sec: 1_700_000_000, tv_nsec: 5 },
         };
-        rustix::fs::utimensat(rustix::fs::CWD, &entry, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        rustix::fs::utimensat(rustix::fs::CWD, &entry, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+            .unwrap();
     }
 }
 

@@ -88,7 +88,8 @@ pub struct NodeHint {
 
 impl From<&NodeHint> for node::Hint {
     fn from(hint: &NodeHint) -> node::Hint {
-        let NodeHint { name, prefix, node_bin, home, state_dir, config_path, port, user, unit } = hint.clone();
+        let NodeHint { name, prefix, node_bin, home, state_dir, config_path, port, user, unit } =
+            hint.clone();
         node::Hint { name, prefix, node_bin, home, state_dir, config_path, port, user, unit }
     }
 }

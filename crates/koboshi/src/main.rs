@@ -48,7 +48,8 @@ fn usage(e: &clap::Error) -> ExitCode {
     if !help && std::env::args().any(|a| a == "--json") {
         let why = e.to_string();
         let first = why.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        Printer::new(true).error(&Error::new(Kind::Usage, "read the command line", first).hint("koboshi --help"));
+        Printer::new(true)
+            .error(&Error::new(Kind::Usage, "read the command line", first).hint("koboshi --help"));
         return ExitCode::from(Exit::Usage.code());
     }
     let _ = e.print();

@@ -8,7 +8,6 @@ use host::process::ProcessId;
 use host::service::{Embedded, GatewaySpec, Manager, ServiceState, Systemd};
 use host::{Error, Kind, Result, files};
 use node::{Baseline, Node, Scope};
-use std::os::fd::BorrowedFd;
 
 /// A node's description is a few kilobytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -82,8 +81,9 @@ impl Service {
         };
         let name = || {
             unit.map(|u| u.name.as_str()).ok_or_else(|| {
-                Error::new(Kind::Usage, "use systemd for the gateway", "the node has no unit")
-                    .hint("set manager = \"embedded\" under [service], or run `openclaw gateway install` first")
+                Error::new(Kind::Usage, "use systemd for the gateway", "the node has no unit").hint(
+                    "set manager = \"embedded\" under [service], or run `openclaw gateway install` first",
+                )
             })
         };
         match wants {
@@ -110,14 +110,6 @@ impl Service {
         match self {
             Service::Embedded(m) => m,
             Service::Systemd(m) => m,
-        }
-    }
-
-    /// Becomes readable when a gateway that we supervise exits.
-    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Service::Embedded(m) => m.pidfd(),
-            Service::Systemd(_) => None,
         }
     }
 

@@ -21,7 +21,8 @@ impl Places {
     /// The configuration file to use: the one named, else the system's (as root or when it exists), else the user's.
     pub fn config_file(named: Option<&Path>) -> Result<PathBuf> {
         if let Some(path) = named {
-            return std::path::absolute(path).map_err(|e| Error::io(format!("resolve {}", path.display()), &e));
+            return std::path::absolute(path)
+                .map_err(|e| Error::io(format!("resolve {}", path.display()), &e));
         }
         let system = PathBuf::from("/etc/koboshi/koboshi.toml");
         if rustix::process::geteuid().is_root() || system.exists() {
@@ -103,6 +104,11 @@ impl Places {
     /// The owner's will: paused, stopped.
     pub fn will(&self) -> PathBuf {
         self.state_dir.join("will.json")
+    }
+
+    /// Where messages wait when the disk takes none.
+    pub fn outbox_spare(&self) -> PathBuf {
+        self.run_dir.join("outbox")
     }
 
     /// The running agent's lock.

@@ -15,7 +15,6 @@ use host::{Error, Kind, Result, files};
 use layers::{Bench, Care, Examination, Report};
 use node::{Baseline, Node};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use store::{Depth, Request as Take, Store, Trust};
@@ -169,13 +168,14 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
-            let info = snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
+            let info =
+                snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
         }
         Work::Settle => settle(&places, deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
-            let mut outbox = Outbox::open(&places.outbox())?;
+            let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
             let mut channels = config.alert.clone();
             channels.extend(alert::local_channels(&places.state_dir, Some(&node.home)));
             let delivery = alert::deliver(&mut outbox, &channels, deadline);
@@ -314,18 +314,4 @@ fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Re
         done.extend(spare::make(node, &store, limit, deadline)?);
     }
     Ok(Answer::Tidied { done })
-}
-
-/// The age of the newest good copy of each class, in seconds.
-pub fn ages_s(places: &Places) -> Result<BTreeMap<Class, u64>> {
-    let Some(store) = open_store(places)? else {
-        return Ok(BTreeMap::new());
-    };
-    let now = host::clock::wall().as_second();
-    Ok(store.newest_trusted(None)?.map_or_else(BTreeMap::new, |info| {
-        info.classes
-            .iter()
-            .map(|(class, what)| (*class, u64::try_from(now - what.taken.as_second()).unwrap_or(0)))
-            .collect()
-    }))
 }

@@ -32,6 +32,8 @@ pub struct Choice {
     pub missing: BTreeSet<Class>,
     /// Single databases that are corrupt or were started afresh.
     pub databases: BTreeSet<PathBuf>,
+    /// Databases that were rescued from a living gateway: newer than any snapshot, not to be touched again.
+    pub kept: BTreeSet<PathBuf>,
     /// Every byte is to be hashed: a stat sweep found nothing, and still it does not start.
     pub thorough: bool,
 }
@@ -65,6 +67,10 @@ impl Choice {
                     Some(Class::Config) => self.config = true,
                     Some(class) => self.missing.extend([class]),
                     None => {}
+                }
+                if finding.class == Some(Class::State) {
+                    // A gateway that ends makes the missing database anew, empty: what counts is what it was.
+                    self.databases.insert(node.state_db());
                 }
                 self.databases.extend(named(finding));
             }
@@ -123,6 +129,9 @@ impl Choice {
         }
         let root = info.roots.iter().find(|r| r.name == difference.root);
         let path = root.map(|r| join(&r.path, &difference.path));
+        if path.as_ref().is_some_and(|p| self.kept.contains(p)) {
+            return false;
+        }
         if path.as_ref().is_some_and(|p| self.databases.contains(p)) {
             return back_to_what_was(difference.kind);
         }
@@ -172,14 +181,14 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
     let saved = save_open_databases(bench, &choice, &mut report);
     quiet::stop(bench, hung, &mut report)?;
+    let mut kept = BTreeSet::new();
     for database in saved {
-        put_back(&database, &mut report)?;
-        choice.databases.remove(&database.live);
-    }
-    if bench.node.state_db().exists() {
+        put_back(bench, &database, &mut report)?;
         // What was just put back is newer than the snapshot's.
-        choice.missing.remove(&Class::State);
+        choice.databases.remove(&database.live);
+        kept.insert(database.live);
     }
+    choice.kept = kept;
     if choice.is_empty() {
         report.did("nothing is left to be taken from a snapshot");
     } else {
@@ -206,7 +215,7 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
     match salvage::from_open_files(bench.node, gateway, &to) {
         Ok(found) => found
             .into_iter()
-            .filter(|s| !s.original.exists())
+            .filter(|s| s.identity.is_some() || s.original != bench.node.state_db())
             .map(|s| {
                 report.did(format!("saved {} from the gateway's open files", s.original.display()));
                 Saved { copy: s.file, live: s.original }
@@ -220,24 +229,31 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
     }
 }
 
-/// Puts a rescued database where it was. The copy stays in the quarantine.
-fn put_back(saved: &Saved, report: &mut Report) -> Result<()> {
+/// Puts a rescued database where it was. The copy stays in the quarantine, and so does what the ending gateway may have
+/// made anew in its place: main file, `-wal` and `-shm` always move as one set.
+fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     let what = || format!("put {} back", saved.live.display());
-    if saved.live.exists() {
-        return Ok(());
-    }
     let dir = saved.live.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
     std::fs::create_dir_all(dir).context(what)?;
-    let beside = saved.live.with_extension("sqlite.koboshi");
+    let name = saved.live.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let beside = dir.join(format!(".{name}.koboshi"));
     std::fs::copy(&saved.copy, &beside).context(what)?;
     let meta = std::fs::metadata(dir).context(what)?;
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600)).context(what)?;
     std::os::unix::fs::chown(&beside, Some(meta.uid()), Some(meta.gid())).context(what)?;
     std::fs::File::open(&beside).and_then(|f| f.sync_all()).context(what)?;
+    let aside = bench.quarantine.join("made-anew");
+    for suffix in ["-shm", "-wal", ""] {
+        let path = dir.join(format!("{name}{suffix}"));
+        if path.exists() {
+            std::fs::create_dir_all(&aside).context(what)?;
+            host::exchange::move_aside(&path, &aside)?;
+        }
+    }
     std::fs::rename(&beside, &saved.live).context(what)?;
     host::files::sync_dir(dir)?;
-    report.did(format!("{} is back with everything written to it", saved.live.display()));
+    report.did(format!("{} is back with everything that was written to it", saved.live.display()));
     Ok(())
 }
 

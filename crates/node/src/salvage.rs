@@ -53,6 +53,9 @@ pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<V
         return Err(Error::new(Kind::Denied, what(), "it is not a process of the node's user"));
     }
     let open = deleted(gateway, &node.state_dir);
+    if !open.is_empty() {
+        std::fs::create_dir_all(dest).context(|| format!("making {}", dest.display()))?;
+    }
     let mut saved: Vec<Salvaged> = Vec::new();
     let mains = open.iter().filter(|d| d.path.extension().is_some_and(|e| e == "sqlite"));
     for (n, main) in mains.enumerate() {

@@ -15,6 +15,8 @@ const MAX_TOLD: usize = 2_000;
 const KEEP_FIRST: usize = 200;
 /// Below this much room the journal is rewritten as one checkpoint.
 const LEAST_ROOM_BYTES: u64 = 256 << 10;
+/// A lost journal is tried again this often.
+const TRY_AGAIN_MS: u64 = 10_000;
 /// Closed incidents kept as files; the oldest go first.
 const MAX_ARCHIVED: usize = 500;
 
@@ -47,18 +49,29 @@ pub struct Book {
     state: State,
     told: Vec<Record>,
     places: Places,
+    /// When a lost journal was last tried.
+    tried: Option<Moment>,
 }
 
 impl Book {
     /// Opens the journal and folds it. What was cut or could not be read is returned for the log.
     pub fn open(places: &Places) -> Result<(Book, Vec<String>)> {
         let mut words = Vec::new();
-        let mut book =
-            Book { journal: None, fallback: None, state: State::default(), told: Vec::new(), places: places.clone() };
+        let mut book = Book {
+            journal: None,
+            fallback: None,
+            state: State::default(),
+            told: Vec::new(),
+            places: places.clone(),
+            tried: None,
+        };
         match Journal::open(&places.journal()) {
             Ok((journal, payloads, opened)) => {
                 if let Some(why) = opened.why {
-                    words.push(format!("the journal's torn tail was cut off: {} bytes, {why}", opened.cut_bytes));
+                    words.push(format!(
+                        "the journal's torn tail was cut off: {} bytes, {why}",
+                        opened.cut_bytes
+                    ));
                 }
                 book.journal = Some(journal);
                 book.fold(&payloads, &mut words);
@@ -91,13 +104,17 @@ impl Book {
             let record: Record = match serde_json::from_slice(payload) {
                 Ok(record) => record,
                 Err(e) => {
-                    words.push(format!("record {index} of the journal is not understood ({e}); it is passed over"));
+                    words.push(format!(
+                        "record {index} of the journal is not understood ({e}); it is passed over"
+                    ));
                     continue;
                 }
             };
             match engine::apply(&mut self.state, &record) {
                 Ok(()) => self.tell(record),
-                Err(illegal) => words.push(format!("record {index} of the journal: {illegal}; it is passed over")),
+                Err(illegal) => {
+                    words.push(format!("record {index} of the journal: {illegal}; it is passed over"))
+                }
             }
         }
     }
@@ -110,11 +127,6 @@ impl Book {
     /// Whether the journal takes records.
     pub fn journal_ok(&self) -> bool {
         self.journal.is_some()
-    }
-
-    /// The records of the open (or last) incident.
-    pub fn told(&self) -> &[Record] {
-        &self.told
     }
 
     /// Checks, appends durably, applies.
@@ -144,7 +156,9 @@ impl Book {
     /// Tries to get the journal back, and keeps it small.
     pub fn tidy(&mut self, now: Moment) {
         match &self.journal {
+            None if self.tried.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < TRY_AGAIN_MS) => {}
             None => {
+                self.tried = Some(now);
                 if let Ok((mut journal, _, _)) = Journal::open(&self.places.journal())
                     && let Ok(checkpoint) = serde_json::to_vec(&self.state.checkpoint(now))
                     && journal.rewrite(&[checkpoint]).is_ok()
@@ -220,6 +234,7 @@ pub fn archived(places: &Places, id: u64) -> Result<Archived> {
     let path = places.incidents().join(format!("{id:08}.json"));
     let bytes = files::read_bounded(&path, MAX_BYTES)?;
     serde_json::from_slice(&bytes).map_err(|e| {
-        Error::new(Kind::Corrupt, format!("read incident {id}"), e).hint(format!("{} is damaged", path.display()))
+        Error::new(Kind::Corrupt, format!("read incident {id}"), e)
+            .hint(format!("{} is damaged", path.display()))
     })
 }

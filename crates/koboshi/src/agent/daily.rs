@@ -134,7 +134,11 @@ impl Daily {
         if self.delivery.is_none() {
             due.extend(self.deliver_at);
         }
-        due.extend([&self.job_deadline(), &self.delivery.as_ref().map(|d| d.deadline.moment())].into_iter().flatten());
+        due.extend(
+            [&self.job_deadline(), &self.delivery.as_ref().map(|d| d.deadline.moment())]
+                .into_iter()
+                .flatten(),
+        );
         due.into_iter().min_by_key(|m| m.ms)
     }
 
@@ -206,7 +210,9 @@ impl Agent {
         match answer {
             Some(Answer::Examined(exam)) => self.examined(now, *exam),
             Some(Answer::Taken { id, wall_ms }) => {
-                self.say(&format!("snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"));
+                self.say(&format!(
+                    "snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"
+                ));
                 self.daily.trouble = None;
                 self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s * 1000));
                 self.daily.state_cost_ms = wall_ms;
@@ -267,6 +273,7 @@ impl Agent {
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
+                self.stale(now);
                 if serving && self.book.state().incident.is_none() {
                     self.backups(now);
                 }
@@ -282,9 +289,17 @@ impl Agent {
     }
 
     fn damaged(&mut self, kind: IncidentKind, findings: Vec<Finding>) {
-        let wanted: Vec<Finding> =
-            findings.into_iter().filter(|f| !matches!(f.kind, FaultKind::Notice | FaultKind::BackupStale)).collect();
-        let cause = wanted.iter().map(|f| f.what.clone()).collect::<Vec<_>>().join("; ");
+        let wanted: Vec<Finding> = findings
+            .into_iter()
+            .filter(|f| !matches!(f.kind, FaultKind::Notice | FaultKind::BackupStale))
+            .collect();
+        let cause = match kind {
+            IncidentKind::Latent => "damage on disk that the next start would not survive",
+            IncidentKind::Damage | IncidentKind::Outage => {
+                "damage that cannot be repaired while the gateway runs"
+            }
+        }
+        .to_owned();
         if self.hands_off().is_some() {
             if !self.told_left_alone {
                 self.told_left_alone = true;
@@ -300,7 +315,6 @@ impl Agent {
 
     /// Decides what of the backups of daily operation is due. Called when node and disk are well.
     fn backups(&mut self, now: Moment) {
-        self.stale(now);
         let Some(exam) = &self.exam else {
             return;
         };
@@ -362,14 +376,22 @@ impl Agent {
             return;
         };
         let oldest = exam.ages_s.iter().max_by_key(|(_, age)| **age);
-        let Some((class, age)) = oldest.filter(|(_, age)| **age > limit_s) else {
-            self.daily.stale_told = None;
-            return;
+        let why = match oldest {
+            Some((class, age)) if *age > limit_s => {
+                format!("the newest good copy of the {class} is {} hours old", age / 3600)
+            }
+            None if now.since_ms(self.born).is_some_and(|ms| ms > limit_s * 1000) => {
+                format!("there has been no good snapshot for {} hours", limit_s / 3600)
+            }
+            Some(_) | None => {
+                self.daily.stale_told = None;
+                return;
+            }
         };
-        let told = self.daily.stale_told.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < limit_s * 1000);
+        let told =
+            self.daily.stale_told.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < limit_s * 1000);
         if !told {
             self.daily.stale_told = Some(now);
-            let why = format!("the newest good copy of the {class} is {} hours old", age / 3600);
             self.notice(alert::Notice::BackupStale, &why);
         }
         if self.daily.snapshot_at.is_none() {
@@ -404,7 +426,9 @@ impl Agent {
             let _ = at;
             self.daily.snapshot_at = None;
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
-        } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at)) && self.served_for_settling(now) {
+        } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at))
+            && self.served_for_settling(now)
+        {
             self.daily.settle_at = None;
             (Job::Settle, Work::Settle, SETTLE_LIMIT)
         } else if self.daily.tidy_at.is_some_and(|at| past(now, at)) {
@@ -536,10 +560,15 @@ impl Agent {
         facts.why = why.to_owned();
         let message = alert::Message::new(alert::Kind::Notice(kind), &facts, alert::Language::default());
         self.say(&format!("notice: {}", message.title));
-        if let Err(e) = alert::Outbox::open(&self.places.outbox()).and_then(|mut o| o.put(&message)) {
+        if let Err(e) = self.outbox().and_then(|mut o| o.put(&message)) {
             self.say(&e.to_string());
         }
         self.daily.deliver_soon(clock::now());
+    }
+
+    /// The outbox; on a full disk messages wait in the run directory.
+    pub(super) fn outbox(&self) -> host::Result<alert::Outbox> {
+        alert::Outbox::open_with_spare(&self.places.outbox(), &self.places.outbox_spare())
     }
 
     pub(super) fn facts(&self, incident: String) -> alert::Facts {

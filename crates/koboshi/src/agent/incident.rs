@@ -2,10 +2,11 @@
 
 use super::book::Written;
 use super::{Agent, MANAGER_LIMIT};
+use crate::config::Mode;
 use crate::step::{Answer, Work};
 use engine::{
-    Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder, Layer,
-    Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
+    Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,
+    Layer, Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
 };
 use host::clock::{self, Deadline};
 use host::container::Ended;
@@ -49,7 +50,9 @@ impl Doing {
         match self {
             Doing::Nothing => None,
             Doing::Wait { until, .. } => Some(*until),
-            Doing::Judge { until } => Some(if until.ms < now.ms + ASK_AGAIN_MS { *until } else { now.plus_ms(ASK_AGAIN_MS) }),
+            Doing::Judge { until } => {
+                Some(if until.ms < now.ms + ASK_AGAIN_MS { *until } else { now.plus_ms(ASK_AGAIN_MS) })
+            }
             Doing::Idle { until } => *until,
         }
     }
@@ -87,6 +90,23 @@ impl Agent {
         self.doing = Doing::Nothing;
         if self.hands_off().is_none() {
             self.evidence_for_climb(kind);
+        } else if self.config.mode == Mode::Watch {
+            self.tell_plan();
+        }
+    }
+
+    /// In watch mode: what would have been done.
+    fn tell_plan(&mut self) {
+        if let Some(exam) = self.examine_now(Care::Down) {
+            self.noticed(exam.findings);
+        }
+        let ladder = self.ladder(clock::now());
+        for planned in engine::preview(&ladder) {
+            let line = match planned.passed {
+                Some(reason) => format!("{} would be passed: {reason}", planned.layer),
+                None => format!("{} would be tried for up to {} s", planned.layer, planned.work_ms / 1000),
+            };
+            self.say(&format!("  watch: {line}"));
         }
     }
 
@@ -97,7 +117,14 @@ impl Agent {
             return;
         }
         if let Some(exam) = self.examine_now(Care::Down) {
+            let update =
+                exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
             self.noticed(exam.findings);
+            if update.is_some() && kind == IncidentKind::Outage {
+                // Somebody else is repairing or replacing the program: the judge's limits say for how long that is
+                // waited for.
+                self.updating = update;
+            }
         }
     }
 
@@ -115,7 +142,12 @@ impl Agent {
     }
 
     /// The same with findings.
-    pub(super) fn open_or_escalate_with(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
+    pub(super) fn open_or_escalate_with(
+        &mut self,
+        kind: IncidentKind,
+        cause: String,
+        findings: Vec<Finding>,
+    ) {
         if self.book.state().incident.is_none() {
             self.open(kind, cause, findings);
         } else if let Some(record) = self.book.state().escalate(clock::now(), kind, cause, findings) {
@@ -128,8 +160,12 @@ impl Agent {
     /// The node fell while only latent damage was being repaired.
     pub(super) fn escalate(&mut self, judgement: &Judgement) {
         if let Verdict::NotServing { why } = &judgement.verdict
-            && let Some(record) =
-                self.book.state().escalate(clock::now(), IncidentKind::Outage, why.clone(), judgement.findings.clone())
+            && let Some(record) = self.book.state().escalate(
+                clock::now(),
+                IncidentKind::Outage,
+                why.clone(),
+                judgement.findings.clone(),
+            )
         {
             self.write(record);
             self.doing = Doing::Nothing;
@@ -426,10 +462,12 @@ impl Agent {
 
     fn alert(&mut self, key: AlertKey) {
         let message = self.message(key);
-        let put = alert::Outbox::open(&self.places.outbox()).and_then(|mut outbox| outbox.put(&message));
-        let result = match put {
-            Ok(_) => AlertResult::Queued,
-            Err(e) => AlertResult::Refused { why: e.to_string() },
+        let result = match self.outbox().and_then(|mut outbox| outbox.put(&message)) {
+            // Kept in memory only means kept nowhere: this outbox is gone in a moment.
+            Ok(alert::Put::Queued { kept: alert::outbox::Kept::InMemory(e), .. }) | Err(e) => {
+                AlertResult::Refused { why: e.to_string() }
+            }
+            Ok(alert::Put::Queued { .. } | alert::Put::Duplicate) => AlertResult::Queued,
         };
         self.write(Record::new(clock::now(), Event::AlertDone { key, result }));
         self.daily.deliver_soon(clock::now());
@@ -458,7 +496,9 @@ impl Agent {
             AlertKind::Journal => alert::Kind::Notice(alert::Notice::JournalUnwritable),
             AlertKind::Closing => match state.closed.as_ref().map(|c| c.outcome) {
                 Some(Outcome::LeftAlone) => alert::Kind::Notice(alert::Notice::LeftAlone),
-                Some(Outcome::Recovered | Outcome::Emergency | Outcome::Failed) | None => alert::Kind::Closing,
+                Some(Outcome::Recovered | Outcome::Emergency | Outcome::Failed) | None => {
+                    alert::Kind::Closing
+                }
             },
         };
         alert::Message::new(kind, &facts, alert::Language::default())
@@ -477,7 +517,10 @@ impl Agent {
         for key in waiting {
             let told = keys.iter().any(|k| k.starts_with(&format!("incident-{}/", key.incident)));
             if told {
-                self.write(Record::new(clock::now(), Event::AlertDone { key, result: AlertResult::Accepted }));
+                self.write(Record::new(
+                    clock::now(),
+                    Event::AlertDone { key, result: AlertResult::Accepted },
+                ));
             }
         }
     }
@@ -533,6 +576,9 @@ fn degraded(verdict: &Verdict) -> Option<&[String]> {
 fn evidence(exam: Option<&Examination>) -> u64 {
     let mut hash = DefaultHasher::new();
     exam.map(|e| (e.inputs, e.snapshot.clone(), e.need)).hash(&mut hash);
+    for finding in exam.map(|e| e.findings.as_slice()).unwrap_or_default() {
+        (finding.kind, finding.class).hash(&mut hash);
+    }
     hash.finish()
 }
 
@@ -560,10 +606,12 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
         (_, _) => Err("the node does not serve".to_owned()),
     };
     // With nothing to be seen on disk it comes after layer 0, and then reads every byte.
-    let restore = snapshot;
-    let later = |layer: Layer| {
-        Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer))
+    let restore = match exam.and_then(|e| e.findings.iter().find(|f| outside(f))) {
+        Some(finding) => Err(finding.what.clone()),
+        None => snapshot,
     };
+    let later =
+        |layer: Layer| Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer));
     vec![
         Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
         Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
@@ -572,6 +620,11 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
         later(Layer::UserInstall),
         later(Layer::PeerCopy),
     ]
+}
+
+/// What no snapshot can put right: somebody else holds the port, or the disk is full.
+fn outside(finding: &Finding) -> bool {
+    matches!(finding.kind, FaultKind::PortTaken | FaultKind::DiskFull)
 }
 
 /// Whether a start with this on the disk would fail or do harm.

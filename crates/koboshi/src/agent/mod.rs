@@ -28,7 +28,8 @@ use engine::{Event, IncidentKind, Moment, Record, Verdict};
 use host::clock::{self, Deadline};
 use host::container::{Containers, Strength};
 use host::files::LockFile;
-use host::process::PidFd;
+use host::notify::Notifier;
+use host::process::{PidFd, ProcessId};
 use host::signals::{Got, Signals};
 use host::watch::Watch;
 use host::{Error, Kind, Result};
@@ -82,6 +83,14 @@ pub struct Agent {
     /// A look at the disk is due at this moment: a watched file changed.
     exam_due: Option<Moment>,
     service_look: Option<(Moment, ServiceLook)>,
+    /// An update that had the node down when it was last looked at. The judge's own limits end this patience.
+    updating: Option<String>,
+    /// The gateway process that a start of ours or a look has accounted for in the ration.
+    counted: Option<ProcessId>,
+    /// We asked for a start whose process has not been seen yet.
+    asked_start: Option<Moment>,
+    notifier: Option<Notifier>,
+    born: Moment,
     bare_stop: Option<Moment>,
     bare_stops: Vec<Moment>,
     told_left_alone: bool,
@@ -94,9 +103,14 @@ pub struct Agent {
 pub fn run(config: Config, places: Places, watch_only: bool, printer: Printer) -> Result<Exit> {
     places.make()?;
     let Some(_lock) = LockFile::try_take(&places.lock())? else {
-        let holder = LockFile::holder(&places.lock()).map_or_else(String::new, |pid| format!(" (process {pid})"));
-        return Err(Error::new(Kind::Usage, "guard the node", format!("another koboshi agent guards it{holder}"))
-            .hint("koboshi status shows what it does"));
+        let holder =
+            LockFile::holder(&places.lock()).map_or_else(String::new, |pid| format!(" (process {pid})"));
+        return Err(Error::new(
+            Kind::Usage,
+            "guard the node",
+            format!("another koboshi agent guards it{holder}"),
+        )
+        .hint("koboshi status shows what it does"));
     };
     let mut config = config;
     if watch_only {
@@ -104,6 +118,9 @@ pub fn run(config: Config, places: Places, watch_only: bool, printer: Printer) -
     }
     let mut agent = Agent::new(config, places, printer)?;
     agent.begin();
+    if let Some(notifier) = &agent.notifier {
+        let _ = notifier.ready();
+    }
     let exit = agent.live()?;
     Ok(exit)
 }
@@ -141,6 +158,11 @@ impl Agent {
             exam: None,
             exam_due: Some(now),
             service_look: None,
+            updating: None,
+            counted: None,
+            asked_start: None,
+            notifier: Notifier::from_env().ok(),
+            born: now,
             bare_stop: None,
             bare_stops: Vec::new(),
             told_left_alone: false,
@@ -205,13 +227,18 @@ impl Agent {
             }
             Err(e) => {
                 self.say(&e.to_string());
-                self.open(IncidentKind::Outage, format!("the gateway cannot be started: {}", e.why), Vec::new());
+                self.open(
+                    IncidentKind::Outage,
+                    format!("the gateway cannot be started: {}", e.why),
+                    Vec::new(),
+                );
             }
         }
     }
 
     /// A start was asked for: what was seen before is about another process.
     fn started(&mut self, at: Moment) {
+        self.asked_start = Some(at);
         self.judge.started(at);
         self.looks_from = at;
         self.next_look = at;
@@ -230,6 +257,7 @@ impl Agent {
             self.due_looks();
             self.due_jobs();
             self.publish();
+            self.tell_manager();
             if self.ending {
                 break;
             }
@@ -239,10 +267,18 @@ impl Agent {
         Ok(Exit::Done)
     }
 
+    /// A sign of life for the manager that runs this agent: one that hangs is started anew by it.
+    fn tell_manager(&self) {
+        if let Some(notifier) = &self.notifier {
+            let _ = notifier.alive();
+        }
+    }
+
     /// Waits until something happens or is due.
     fn sleep(&mut self) -> Result<()> {
         let now = clock::now();
-        let mut until = Deadline::after(WAKE_AT_LEAST);
+        let watchdog = self.notifier.as_ref().and_then(Notifier::watchdog_period).map(|period| period / 2);
+        let mut until = Deadline::after(watchdog.map_or(WAKE_AT_LEAST, |w| w.min(WAKE_AT_LEAST)));
         let mut at = |moment: Option<Moment>| {
             if let Some(moment) = moment {
                 until = until.min(Deadline::at(moment));
@@ -257,7 +293,8 @@ impl Agent {
         let gateway = self.gateway.as_ref().map(AsFd::as_fd);
         let step = self.step.as_ref().map(|s| s.step.pidfd());
         let job = self.daily.fds();
-        let mut fds: Vec<BorrowedFd<'_>> = vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
+        let mut fds: Vec<BorrowedFd<'_>> =
+            vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
         fds.extend(gateway);
         fds.extend(step);
         fds.extend(job);
@@ -293,7 +330,8 @@ impl Agent {
         self.daily.end();
         if std::process::id() == 1 {
             self.say("the container is being stopped: the gateway may drain");
-            match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT)) {
+            match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT))
+            {
                 Ok(stopped) => self.say(&format!("the gateway has ended: {stopped:?}")),
                 Err(e) => self.say(&e.to_string()),
             }
@@ -313,10 +351,26 @@ impl Agent {
             if let Some(id) = id {
                 self.service.adopt(id);
                 self.gateway = id.open().ok();
+                self.count_start(id);
             }
         } else if self.gateway.as_ref().is_some_and(PidFd::exited) {
             self.gateway = None;
         }
+    }
+
+    /// A start that somebody else made counts in the ration too: OpenClaw does not ask who started it.
+    fn count_start(&mut self, id: ProcessId) {
+        /// A process this old at first sight was not started under our eyes.
+        const YOUNG_MS: u64 = 30_000;
+        /// `/proc/PID/stat` counts in hundredths of a second since boot.
+        const MS_PER_TICK: u64 = 10;
+        let now = clock::now();
+        let ours = self.asked_start.take().is_some();
+        let young = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK)) < YOUNG_MS;
+        if self.counted != Some(id) && !ours && young {
+            self.write(Record::new(now, Event::StartSeen { by: "somebody else".to_owned() }));
+        }
+        self.counted = Some(id);
     }
 
     /// The gateway's process has ended: known within milliseconds, and judged by who ended it.
@@ -330,10 +384,6 @@ impl Agent {
         }
         let deadline = Deadline::after(MANAGER_LIMIT);
         let state = self.service.look(deadline);
-        if let Some(update) = node::update::at_work(&self.node) {
-            self.say(&format!("the gateway ended while an update is at work: {update}"));
-            return;
-        }
         if !self.service.embedded() {
             if state.in_motion() {
                 // systemd starts it again by itself; only damage that would make that fail is put right first.
@@ -410,6 +460,7 @@ impl Agent {
         match &judgement.verdict {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
+                self.updating = None;
                 self.bare_stop = None;
                 if self.serving_since.is_none() && judgement.confirmed {
                     self.serving_since = judgement.first_good.or(Some(now));
@@ -418,7 +469,10 @@ impl Agent {
                 }
                 self.first_good = judgement.first_good;
             }
-            Verdict::NotServing { .. } => self.serving_since = None,
+            Verdict::NotServing { .. } => {
+                self.serving_since = None;
+                self.updating = None;
+            }
             Verdict::Inconclusive { .. } => {}
         }
         if self.book.state().incident.is_some() {
@@ -622,7 +676,7 @@ impl Agent {
         if self.will.stopped {
             return Some("the owner stopped the node; `koboshi node start` starts it".to_owned());
         }
-        None
+        self.updating.as_ref().map(|what| format!("an update is at work: {what}"))
     }
 
     fn say(&self, line: &str) {
@@ -635,7 +689,8 @@ impl Agent {
         let due = match &self.published {
             None => true,
             Some((at, before)) => {
-                let same = Status { at: before.at, start_free_at: before.start_free_at, ..status.clone() } == *before;
+                let same = Status { at: before.at, start_free_at: before.start_free_at, ..status.clone() }
+                    == *before;
                 !same || now.since_ms(*at).is_none_or(|ms| ms >= PUBLISH_EVERY_MS)
             }
         };
@@ -664,10 +719,12 @@ impl Agent {
                 Service::Systemd(m) => host::service::Manager::kind(m).to_owned(),
             },
             containers: strength(&self.runner.containers.strength()),
-            verdict: self.judgement.as_ref().map_or(
-                Verdict::Inconclusive { why: "no look has been taken yet".to_owned() },
-                |j| j.verdict.clone(),
-            ),
+            verdict: self
+                .judgement
+                .as_ref()
+                .map_or(Verdict::Inconclusive { why: "no look has been taken yet".to_owned() }, |j| {
+                    j.verdict.clone()
+                }),
             confirmed: self.judgement.as_ref().is_some_and(|j| j.confirmed),
             gateway: self.gateway.as_ref().map(PidFd::id),
             serving_since: self.serving_since,

@@ -29,7 +29,8 @@ impl Prober {
         let (ask, asked) = channel::<(Node, Want)>();
         let (give, got) = channel::<Look>();
         let wake = Arc::new(
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(|| "make an eventfd".into())?,
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .context(|| "make an eventfd".into())?,
         );
         let signal = Arc::clone(&wake);
         std::thread::Builder::new()

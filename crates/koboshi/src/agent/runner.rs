@@ -80,8 +80,8 @@ impl Runner {
             node: node.clone(),
             baseline: baseline.cloned(),
         };
-        let text =
-            serde_json::to_vec(&body).map_err(|e| Error::new(Kind::System, format!("write step {name}"), e))?;
+        let text = serde_json::to_vec(&body)
+            .map_err(|e| Error::new(Kind::System, format!("write step {name}"), e))?;
         let _ = std::fs::remove_file(step::answer_path(&request));
         files::write_atomic(&request, &text, 0o600)?;
         let spec = Spec {

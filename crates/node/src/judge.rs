@@ -187,11 +187,13 @@ impl Marks {
 
     /// Whether anything but the process's own CPU moved.
     fn works_since(self, earlier: Marks) -> bool {
-        /// A child that only waits uses a few ms; one that works uses more.
+        /// A child that only waits uses a few ms now and then; one that works, more than a percent of a core.
         const CHILD_WORK_MS: u64 = 20;
+        let children = self.children_cpu_ms.saturating_sub(earlier.children_cpu_ms);
+        let elapsed = self.at.since_ms(earlier.at).unwrap_or(0);
         self.log_bytes != earlier.log_bytes
             || self.database != earlier.database
-            || self.children_cpu_ms.saturating_sub(earlier.children_cpu_ms) >= CHILD_WORK_MS
+            || (children >= CHILD_WORK_MS && children.saturating_mul(100) >= elapsed)
     }
 }
 

@@ -360,7 +360,7 @@ fn work_that_leaves_a_trace_is_no_spin() {
     let traces: [Case; 3] = [
         ("log", |l, n| l.activity.log_bytes = n),
         ("database", |l, n| l.activity.database = n),
-        ("children", |l, n| set(l, |p| p.children_cpu_ms = n * 100)),
+        ("children", |l, n| set(l, |p| p.children_cpu_ms = n * 1_000)),
     ];
     for (name, touch) in traces {
         let mut judge = settled();
@@ -740,4 +740,15 @@ fn a_restart_inside_an_old_process_has_a_start_of_its_own() {
         look
     });
     assert_eq!(found, Some(900_000));
+}
+
+#[test]
+fn children_that_only_wait_do_not_hide_a_spin() {
+    let mut judge = settled();
+    let found = turns_at(&mut judge, 7_000, 300_000, |ms| {
+        let mut look = silent(ms, ms - 7_000);
+        set(&mut look, |p| p.children_cpu_ms = ms / 400);
+        look
+    });
+    assert_eq!(found, Some(120_000));
 }

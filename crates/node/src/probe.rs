@@ -247,9 +247,9 @@ pub enum IdentityLook {
 /// Signs of work beside the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Activity {
-    /// Size of the newest log (and of the known output file).
+    /// Size of the file that takes the process's output, where it is one.
     pub log_bytes: u64,
-    /// Changes whenever a database was written to.
+    /// Changes whenever an agent's database was written to.
     pub database: u64,
 }
 
@@ -364,7 +364,7 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     }
     let answers = look.health == Health::Live && matches!(look.startup, Startup::Started { .. });
     if !answers {
-        look.activity = activity(node, want);
+        look.activity = activity(node, want, look.process.as_ref().map(|p| p.id));
         if let Some(p) = &mut look.process {
             p.children_cpu_ms = children_cpu_ms(p.id);
         }
@@ -620,14 +620,15 @@ fn read_identity(node: &Node, deadline: Deadline) -> IdentityLook {
     }
 }
 
-fn activity(node: &Node, want: &Want) -> Activity {
-    let size = |p: &PathBuf| std::fs::metadata(p).map_or(0, |m| m.len());
-    let mut log_bytes = want.log.as_ref().map_or(0, size);
-    log_bytes = log_bytes.wrapping_add(newest_log(node).as_ref().map_or(0, size));
-    let mut database = identity::database_stamp(&node.state_db());
-    for (_, db) in node.agent_dbs() {
-        database = database.wrapping_add(identity::database_stamp(&db));
-    }
+/// Only what this very process moves by turning its event loop. Two things that look like work are none: the daily log
+/// is shared by all gateways of a user, and the shared database is written every 30 s by a thread of a gateway whose
+/// event loop spins.
+fn activity(node: &Node, want: &Want, process: Option<ProcessId>) -> Activity {
+    let size = |p: PathBuf| std::fs::metadata(p).ok().filter(std::fs::Metadata::is_file).map(|m| m.len());
+    let output = want.log.clone().or_else(|| process.map(|p| PathBuf::from(format!("/proc/{}/fd/1", p.pid))));
+    let log_bytes = output.and_then(size).unwrap_or(0);
+    let dbs = node.agent_dbs();
+    let database = dbs.iter().map(|(_, db)| identity::database_stamp(db)).fold(0, u64::wrapping_add);
     Activity { log_bytes, database }
 }
 

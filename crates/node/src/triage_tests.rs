@@ -16,10 +16,7 @@ impl Whole {
     fn new() -> Whole {
         let dir = tempfile::tempdir().expect("dir");
         let base = dir.path().canonicalize().expect("real");
-        let mut node = node_at(&base);
-        // A port of nobody's: bound once, then free.
-        let l = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-        node.port = l.local_addr().expect("addr").port();
+        let node = node_at(&base);
         let write = |path: PathBuf, text: &str| {
             std::fs::create_dir_all(path.parent().expect("parent")).expect("mkdir");
             std::fs::write(path, text).expect("write");

@@ -1,0 +1,114 @@
+//! `koboshi node`, `koboshi accept` and a running agent.
+
+use crate::fake::Fake;
+use host::clock::Deadline;
+use host::process::{PidFd, ProcessId};
+use serde_json::json;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// A running agent; ended with the test.
+struct Agent {
+    child: std::process::Child,
+    fd: PidFd,
+}
+
+impl Agent {
+    fn start(fake: &Fake) -> Agent {
+        let cmd = fake.command(&["guard"]);
+        let mut command = std::process::Command::new(&cmd.program);
+        command.args(&cmd.args).env_clear().envs(cmd.env);
+        let log = std::fs::File::create(fake.path("agent.log")).unwrap();
+        let child = command.stdin(std::process::Stdio::null()).stderr(log).spawn().unwrap();
+        let fd = ProcessId::of(child.id()).unwrap().open().unwrap();
+        let agent = Agent { child, fd };
+        let deadline = Deadline::after(PATIENCE);
+        loop {
+            let (object, _) = fake.json(&["status"]);
+            if object["agent"]["confirmed"] == true && object["verdict"] == "serving" {
+                return agent;
+            }
+            let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
+            assert!(!deadline.passed() && !agent.fd.exited(), "{object}\n{}", log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.fd.signal(rustix::process::Signal::TERM);
+        if !self.fd.wait(Deadline::after(PATIENCE)) {
+            let _ = self.fd.signal(rustix::process::Signal::KILL);
+        }
+        let _ = self.child.try_wait();
+    }
+}
+
+#[test]
+fn started_stopped_and_restarted_without_an_agent() {
+    let fake = Fake::new();
+    let (object, code) = fake.json(&["node", "start"]);
+    assert_eq!((code, &object["verdict"]), (0, &json!("serving")), "{object}");
+    let first = fake.gateway().unwrap();
+    assert_eq!(object["pid"], json!(first.pid));
+    let (object, code) = fake.json(&["node", "restart"]);
+    assert_eq!(code, 0, "{object}");
+    let second = fake.gateway().unwrap();
+    assert_ne!(first, second);
+    let (object, code) = fake.json(&["node", "stop"]);
+    assert_eq!((code, &object["done"]), (0, &json!("stop")), "{object}");
+    assert_eq!(fake.gateway(), None);
+    assert!(!second.alive());
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!(code, 1);
+    assert!(object["hands_off"].as_str().unwrap().contains("koboshi node start"));
+}
+
+#[test]
+fn a_stop_ends_a_gateway_that_somebody_else_started_and_only_that() {
+    let fake = Fake::new();
+    let other = Fake::new();
+    let (ours, theirs) = (fake.start_gateway(), other.start_gateway());
+    fake.koboshi(&["node", "stop"]).code(0).says("stays down");
+    assert!(!ours.alive() && theirs.alive());
+}
+
+#[test]
+fn with_an_agent_the_agent_does_it_and_a_stop_stays_stopped() {
+    let fake = Fake::new();
+    let before = fake.start_gateway();
+    let agent = Agent::start(&fake);
+    assert_eq!(fake.gateway(), Some(before), "a running gateway is adopted as it is");
+    fake.koboshi(&["status"]).code(0).says(&format!("process {}", agent.child.id())).says("guard mode");
+    let said = fake.koboshi(&["guard"]);
+    said.code(2).says("another koboshi agent");
+
+    fake.koboshi(&["node", "stop"]).code(0);
+    assert_eq!(fake.gateway(), None);
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!(code, 1, "{object}");
+    assert!(object["hands_off"].is_string(), "{object}");
+    let (object, code) = fake.json(&["node", "start"]);
+    assert_eq!((code, &object["verdict"]), (0, &json!("serving")), "{object}");
+    let running = fake.gateway().unwrap();
+
+    // The agent goes, the gateway stays.
+    fake.koboshi(&["uninstall"]).code(0).says("ends the agent");
+    assert!(agent.fd.wait(Deadline::after(PATIENCE)));
+    assert_eq!(fake.gateway(), Some(running));
+}
+
+#[test]
+fn what_is_accepted_is_trusted_and_what_is_down_is_not_accepted() {
+    let fake = Fake::new();
+    fake.koboshi(&["accept"]).code(1).says("does not serve").says("fix:");
+    fake.start_gateway();
+    let (object, code) = fake.json(&["accept"]);
+    assert_eq!((code, &object["trust"]), (0, &json!("good")), "{object}");
+    let (object, _) = fake.json(&["status"]);
+    assert_eq!(object["snapshots"]["newest_good"].is_string(), true, "{object}");
+    let layers = object["layers"].as_array().unwrap();
+    assert_eq!(layers.iter().find(|l| l["layer"] == "restore").unwrap()["ready"], true);
+}

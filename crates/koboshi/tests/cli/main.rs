@@ -1,0 +1,9 @@
+//! The command line, as a person or a script meets it: the real binary on a node in a temporary directory.
+
+mod all;
+mod fake;
+mod gateway;
+mod install;
+mod reading;
+mod recover;
+mod snapshots;

@@ -1,4 +1,5 @@
 //! The ladder's rules, one by one, on a scripted node; and the legality function under arbitrary records.
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)] // Helpers of tests are tests too.
 
 use engine::{
     Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,

@@ -3,6 +3,8 @@
 //! A mutant bends what goes into the engine, what comes out of it, or its state, so that the engine itself needs
 //! no fault points: what is simulated without a mutant is, call for call, the engine that ships.
 
+#![allow(clippy::wildcard_enum_match_arm)] // Each mutant bends one thing; to name what the others leave alone says nothing.
+
 use engine::state::{Fate, HoldKind, Phase};
 use engine::{
     Action, AlertKind, Claim, Event, How, Illegal, IncidentKind, Ladder, Layer, Moment, Record, Stage, State,
@@ -36,6 +38,8 @@ pub enum Mutant {
     RefusedIsQueued,
     /// An emergency is told again and again.
     MessageTwice,
+    /// An emergency is told a quarter of an hour late.
+    LateAlert,
     /// The closing is not told.
     NoClosing,
     /// An attempt that vanished costs nothing.
@@ -92,7 +96,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Mutant; 38] = [
+    pub const ALL: [Mutant; 39] = [
         Mutant::NoKillAfterExit,
         Mutant::NoKillOfLost,
         Mutant::SpawnBeforeIntent,
@@ -105,6 +109,7 @@ impl Mutant {
         Mutant::AlertNotSent,
         Mutant::RefusedIsQueued,
         Mutant::MessageTwice,
+        Mutant::LateAlert,
         Mutant::NoClosing,
         Mutant::VanishedFree,
         Mutant::RebootFree,
@@ -267,6 +272,12 @@ impl Brain {
             }
             (Mutant::SecondContainer, _) => state.stuck.clear(),
             (Mutant::NoClosing, _) => state.alerts.retain(|alert| alert.key.kind != AlertKind::Closing),
+            (Mutant::LateAlert, Event::Emergency { .. }) => {
+                for alert in state.alerts.iter_mut().filter(|alert| alert.key.kind == AlertKind::Emergency) {
+                    alert.tries = alert.tries.max(1);
+                    alert.tried_ms = clock_ms + 900_000;
+                }
+            }
             (Mutant::MessageTwice, Event::Emergency { .. }) => {
                 for alert in state.alerts.iter_mut().filter(|alert| alert.key.kind == AlertKind::Emergency) {
                     alert.fate = Fate::Wanted;

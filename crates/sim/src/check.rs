@@ -408,7 +408,7 @@ impl Checks {
                 self.close(world)?;
             }
             Event::Emergency { retry_in_ms, evidence, .. } => {
-                self.emergency(world, *retry_in_ms, *evidence)?
+                self.emergency(world, *retry_in_ms, *evidence)?;
             }
             Event::Postponed { retry_in_ms, evidence, .. } => {
                 self.climb = None;

@@ -9,7 +9,7 @@ use crate::world::{Broken, Faults, Gate, Inject, World};
 use engine::{Layer, Record};
 
 /// Turns of the loop that one schedule may take; more is a loop without an end.
-const MAX_TURNS: u64 = 100_000;
+const MAX_TURNS: u64 = 15_000;
 
 /// Time in which everything must have settled once the faults are off: the longest retry, and two climbs.
 const SETTLE_MS: u64 = 3 * 3_600_000;

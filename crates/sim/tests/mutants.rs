@@ -1,15 +1,16 @@
 //! The checkers are proven: every mutant is caught, and by a checker that watches just that.
 //!
 //! `docs/simulation.md` holds the same table; a test compares the two.
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)] // Helpers of tests are tests too.
 
 use sim::Mutant;
 use std::collections::BTreeMap;
 
 /// Seeds tried per mutant. The engine itself passes millions, so a violation is the mutant's.
-const SEEDS: u64 = 6_000;
+const SEEDS: u64 = 2_000;
 
 /// Violations looked at per mutant: the checker named in the table must be among them.
-const ENOUGH: usize = 400;
+const ENOUGH: usize = 600;
 
 fn table() -> Vec<(String, String)> {
     include_str!("../../../docs/simulation.md")
@@ -29,6 +30,7 @@ fn caught(mutant: Mutant, wanted: &str) -> (bool, BTreeMap<&'static str, usize>)
         if let Some(violation) = sim::run(seed, Some(mutant)).violation {
             *by.entry(violation.checker).or_default() += 1;
             if violation.checker == wanted {
+                println!("{}: {wanted} at seed {seed}, after {by:?}", mutant.name());
                 return (true, by);
             }
             if by.values().sum::<usize>() >= ENOUGH {

@@ -1,5 +1,6 @@
 //! Live and replay are one: the journals of simulated lives are folded again from their JSON, cut at every record,
 //! and rewritten at every record.
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm)] // Helpers of tests are tests too.
 
 use engine::{Record, State};
 

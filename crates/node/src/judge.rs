@@ -166,6 +166,7 @@ enum Seen {
 struct Marks {
     at: Moment,
     cpu_ms: u64,
+    wait_ms: u64,
     children_cpu_ms: u64,
     log_bytes: u64,
     database: u64,
@@ -178,6 +179,7 @@ impl Marks {
         Marks {
             at: look.at,
             cpu_ms: p.map_or(0, |p| p.cpu_ms),
+            wait_ms: p.map_or(0, |p| p.wait_ms),
             children_cpu_ms: p.map_or(0, |p| p.children_cpu_ms),
             log_bytes: look.activity.log_bytes,
             database: look.activity.database,
@@ -826,6 +828,8 @@ impl Judge {
         let now = Marks::of(look);
         let still = elapsed(look, timer.moved.at);
         let used = now.cpu_ms.saturating_sub(timer.moved.cpu_ms);
+        // What it wanted of a core: run, or waited to run.
+        let used = used.saturating_add(now.wait_ms.saturating_sub(timer.moved.wait_ms));
         let percent = used.saturating_mul(100).checked_div(still).unwrap_or(0);
         if percent < limits.idle_core_percent && still >= limits.silent_ms {
             return Some(format!("for {} s and uses no CPU", still / 1000));

@@ -38,6 +38,7 @@ fn good(ms: u64) -> Look {
             state: 'S',
             traced: false,
             cpu_ms: 20_000,
+            wait_ms: 700,
             children_cpu_ms: 0,
             age_ms: 5_000_000,
             cgroup: None,
@@ -748,6 +749,17 @@ fn children_that_only_wait_do_not_hide_a_spin() {
     let found = turns_at(&mut judge, 7_000, 300_000, |ms| {
         let mut look = silent(ms, ms - 7_000);
         set(&mut look, |p| p.children_cpu_ms = ms / 400);
+        look
+    });
+    assert_eq!(found, Some(120_000));
+}
+
+#[test]
+fn a_spin_is_one_also_where_cores_are_scarce() {
+    let mut judge = settled();
+    let found = turns_at(&mut judge, 7_000, 300_000, |ms| {
+        let mut look = silent(ms, (ms - 7_000) * 4 / 10);
+        set(&mut look, |p| p.wait_ms = 700 + (ms - 7_000) * 6 / 10);
         look
     });
     assert_eq!(found, Some(120_000));

@@ -112,7 +112,10 @@ pub struct Process {
     pub traced: bool,
     /// User and system time, in milliseconds.
     pub cpu_ms: u64,
-    /// The same of its descendants, read only while it does not answer.
+    /// Time for which its main thread wanted a core and had to wait for one: on a loaded host a spinning loop gets
+    /// less than half a core and waits for the rest.
+    pub wait_ms: u64,
+    /// The CPU of its descendants, read only while it does not answer.
     pub children_cpu_ms: u64,
     /// Time since it began.
     pub age_ms: u64,
@@ -451,10 +454,17 @@ fn of_id(id: ProcessId, trusted: bool, by_lock: bool, node: &Node) -> Option<Pro
         state: stat.state,
         traced: matches!(stat.state, 'T' | 't') && id.traced(),
         cpu_ms: stat.cpu_ms,
+        wait_ms: wait_ms(id),
         children_cpu_ms: 0,
         age_ms: host::clock::now().ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK)),
         cgroup: id.cgroup(),
     })
+}
+
+/// The kernel's `schedstat`: nanoseconds run, nanoseconds waited, slices. 0 where the kernel does not keep it.
+fn wait_ms(id: ProcessId) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/schedstat", id.pid)).unwrap_or_default();
+    text.split_whitespace().nth(1).and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0) / 1_000_000
 }
 
 fn listening(process: Option<&Process>, heard: Option<&Listener>) -> Listening {

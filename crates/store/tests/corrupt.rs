@@ -1,4 +1,10 @@
 //! Bits flipped, files cut and files lost in the store itself: found, named, and healed from elsewhere or refused.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may stop and may speak"
+)]
 
 mod common;
 

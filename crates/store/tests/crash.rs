@@ -1,4 +1,10 @@
 //! kill -9 at random moments of snapshot, prune and repair: afterwards the older or the newer state, whole.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may stop and may speak"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! Every kind of damage is seen by the quick look and by the full one, mended, and nothing is lost by mending.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may stop and may speak"
+)]
 
 mod common;
 

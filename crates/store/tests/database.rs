@@ -1,4 +1,10 @@
 //! Databases: one consistent moment under load, checked before it is stored, restored as one set.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may stop and may speak"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! Trees nobody should make, and a file system without room.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a test may stop and may speak"
+)]
 
 mod common;
 
@@ -158,8 +164,8 @@ fn what_may_not_be_read_is_said_and_never_called_missing() {
     }
     let place = Place::new();
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(place.live.join("dist/1.js"), fs::Permissions::from_mode(0)).unwrap();
-    fs::set_permissions(place.live.join("node_modules"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(place.live.join("dist/1.js"), fs::Permissions::from_mode(0o000)).unwrap();
+    fs::set_permissions(place.live.join("node_modules"), fs::Permissions::from_mode(0o000)).unwrap();
     let info = place.take_good();
     assert_eq!(info.problems.len(), 2, "{:?}", info.problems);
     assert_eq!(place.store.compare(&info.id, &PROGRAM, Depth::Stat, soon()).unwrap(), []);

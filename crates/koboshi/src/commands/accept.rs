@@ -34,9 +34,14 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     bar.done();
     let serves = matches!(&judgement.verdict, Verdict::Serving { .. }) && judgement.confirmed;
     if !serves {
-        let why = verdict_why(&judgement.verdict).unwrap_or_else(|| "it could not be confirmed in a minute".into());
-        return Err(Error::new(Kind::System, format!("accept {} as it is", node.name), format!("it does not serve: {why}"))
-            .hint("only a node that serves can be what is intended; koboshi node start, or koboshi recover"));
+        let why =
+            verdict_why(&judgement.verdict).unwrap_or_else(|| "it could not be confirmed in a minute".into());
+        return Err(Error::new(
+            Kind::System,
+            format!("accept {} as it is", node.name),
+            format!("it does not serve: {why}"),
+        )
+        .hint("only a node that serves can be what is intended; koboshi node start, or koboshi recover"));
     }
     desk.places.make()?;
     let baseline = Baseline::take(&node, Vec::new(), clock::now(), Deadline::after(BASELINE_LIMIT))?;
@@ -50,7 +55,11 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         control::give(&desk.places, &Order::Accept, ORDER_LIMIT)?;
     }
     p.line(check::headline(desk, &node, &judgement.verdict));
-    p.line(format!("This is the new baseline: snapshot {} ({}). Older snapshots are kept.", info.id, snapshots::amount(&info)));
+    p.line(format!(
+        "This is the new baseline: snapshot {} ({}). Older snapshots are kept.",
+        info.id,
+        snapshots::amount(&info)
+    ));
     let fields = Fields::default()
         .put("node", node_json(&node))
         .put("verdict", verdict_name(&judgement.verdict))

@@ -19,7 +19,8 @@ pub(super) fn channels(desk: &Desk, home: Option<&std::path::Path>) -> Vec<Chann
 
 /// Sends the test and says which channels took it.
 pub(super) fn test(desk: &Desk) -> Result<Exit> {
-    alert::channel::check(&desk.config.alert).map_err(|why| Error::new(Kind::Usage, "use the [[alert]] channels", why))?;
+    alert::channel::check(&desk.config.alert)
+        .map_err(|why| Error::new(Kind::Usage, "use the [[alert]] channels", why))?;
     desk.places.make()?;
     let node = desk.node().ok();
     let outbox = Outbox::open(&desk.places.outbox())?;
@@ -55,8 +56,13 @@ pub(super) fn test(desk: &Desk) -> Result<Exit> {
     }
     let reached = !desk.config.alert.is_empty() && !failed;
     if desk.config.alert.is_empty() {
-        p.line("Nobody is told: no [[alert]] channel is configured, only files on this machine were written.");
-        p.line(format!("  fix: add one to {}; the comments in it show how", desk.places.config_file.display()));
+        p.line(
+            "Nobody is told: no [[alert]] channel is configured, only files on this machine were written.",
+        );
+        p.line(format!(
+            "  fix: add one to {}; the comments in it show how",
+            desk.places.config_file.display()
+        ));
     }
     p.object(Fields::default().put("reached_somebody", reached).put("channels", told).done());
     Ok(if reached { Exit::Done } else { Exit::Failed })

@@ -91,7 +91,7 @@ impl Desk {
         let Some(lock) = LockFile::try_take(&self.places.lock())? else {
             return Ok(Hands::Agent);
         };
-        let containers = Containers::open(&node.name, &self.places.run_dir)?;
+        let containers = self.places.containers(node)?;
         let service = Service::of(node, &self.config, &containers, &self.places)?;
         Ok(Hands::Own(Box::new(service), lock))
     }
@@ -132,7 +132,9 @@ impl Desk {
             return Some("the owner stopped the node; `koboshi node start` starts it".to_owned());
         }
         let left_s = will.paused_until_s.unwrap_or(0) - host::clock::wall().as_second();
-        (left_s > 0).then(|| format!("koboshi is paused for {}; `koboshi resume` ends it", seconds(left_s.unsigned_abs())))
+        (left_s > 0).then(|| {
+            format!("koboshi is paused for {}; `koboshi resume` ends it", seconds(left_s.unsigned_abs()))
+        })
     }
 
     /// The fold of the journal, as it lies on disk.
@@ -230,7 +232,8 @@ pub(super) fn ago(at: jiff::Timestamp) -> String {
 
 /// A date as a person reads it, without fractions.
 pub(super) fn date(text: &str) -> String {
-    text.parse::<jiff::Timestamp>().map_or_else(|_| text.to_owned(), |t| t.strftime("%Y-%m-%d %H:%M:%S").to_string())
+    text.parse::<jiff::Timestamp>()
+        .map_or_else(|_| text.to_owned(), |t| t.strftime("%Y-%m-%d %H:%M:%S").to_string())
 }
 
 #[cfg(test)]

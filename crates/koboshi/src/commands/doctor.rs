@@ -79,11 +79,23 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let mut found = Findings::default();
     let node = match desk.node() {
         Ok(node) => {
-            found.ok("node", format!("{} in {}, state {}", node.name, node.package_dir.display(), node.state_dir.display()));
+            found.ok(
+                "node",
+                format!(
+                    "{} in {}, state {}",
+                    node.name,
+                    node.package_dir.display(),
+                    node.state_dir.display()
+                ),
+            );
             Some(node)
         }
         Err(e) => {
-            found.blocks("node", format!("no node: {}", e.why), e.hint.unwrap_or_else(|| "install OpenClaw first".into()));
+            found.blocks(
+                "node",
+                format!("no node: {}", e.why),
+                e.hint.unwrap_or_else(|| "install OpenClaw first".into()),
+            );
             None
         }
     };
@@ -150,13 +162,22 @@ fn tell(desk: &Desk, node: Option<&Node>, found: &[Finding]) {
 
 fn the_agent(desk: &Desk, found: &mut Findings) {
     let Some(id) = desk.agent() else {
-        found.blocks("agent", "no agent is running: nothing would notice a fall", "koboshi install, or run koboshi guard");
+        found.blocks(
+            "agent",
+            "no agent is running: nothing would notice a fall",
+            "koboshi install, or run koboshi guard",
+        );
         return;
     };
     match desk.status() {
         Some(s) if s.agent_version != env!("CARGO_PKG_VERSION") => found.warns(
             "agent",
-            format!("process {} still runs koboshi {}, this is {}", id.pid, s.agent_version, env!("CARGO_PKG_VERSION")),
+            format!(
+                "process {} still runs koboshi {}, this is {}",
+                id.pid,
+                s.agent_version,
+                env!("CARGO_PKG_VERSION")
+            ),
             "restart the agent's service; the gateway is not touched by that",
         ),
         Some(s) if s.trouble.is_some() => found.warns(
@@ -187,24 +208,40 @@ fn snapshots(desk: &Desk, found: &mut Findings) {
     let store = match step::open_store(&desk.places) {
         Ok(Some(store)) => store,
         Ok(None) => {
-            found.blocks("snapshot", "there is no snapshot: only a restart could be tried", "koboshi install");
+            found.blocks(
+                "snapshot",
+                "there is no snapshot: only a restart could be tried",
+                "koboshi install",
+            );
             return;
         }
         Err(e) => {
-            found.blocks("snapshot", e.to_string(), e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()));
+            found.blocks(
+                "snapshot",
+                e.to_string(),
+                e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()),
+            );
             return;
         }
     };
     let all = match newest_first(&store) {
         Ok(all) => all,
         Err(e) => {
-            found.blocks("snapshot", e.to_string(), e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()));
+            found.blocks(
+                "snapshot",
+                e.to_string(),
+                e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()),
+            );
             return;
         }
     };
     let unreadable = store.unreadable().map_or(0, |u| u.len());
     if unreadable > 0 {
-        found.warns("store", format!("{unreadable} snapshots cannot be read"), "koboshi snapshot verify says why");
+        found.warns(
+            "store",
+            format!("{unreadable} snapshots cannot be read"),
+            "koboshi snapshot verify says why",
+        );
     }
     let settle = desk.config.backup.settle_s;
     match all.iter().find(|i| i.trust.trusted()) {
@@ -214,7 +251,9 @@ fn snapshots(desk: &Desk, found: &mut Findings) {
             format!("let the node serve for {settle} s under a running agent, or koboshi accept"),
         ),
         Some(good) => {
-            let age = |c: &store::ClassInfo| u64::try_from(clock::wall().as_second() - c.taken.as_second()).unwrap_or(0);
+            let age = |c: &store::ClassInfo| {
+                u64::try_from(clock::wall().as_second() - c.taken.as_second()).unwrap_or(0)
+            };
             let oldest = good.classes.iter().map(|(class, c)| (age(c), class)).max();
             match oldest {
                 Some((s, class)) if s > desk.config.backup.stale_after_s => found.warns(
@@ -263,11 +302,13 @@ fn alerts(desk: &Desk, found: &mut Findings) {
         return;
     }
     if desk.config.alert.is_empty() {
-        let fix = format!("add an [[alert]] to {}; the comments in it show how", desk.places.config_file.display());
+        let fix =
+            format!("add an [[alert]] to {}; the comments in it show how", desk.places.config_file.display());
         found.warns("alerts", "nobody would be told: no alert channel is configured", fix);
         return;
     }
-    let outbox = desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
+    let outbox =
+        desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
     let untried: Vec<&str> = desk
         .config
         .alert
@@ -297,7 +338,11 @@ fn disk(desk: &Desk, node: &Node, found: &mut Findings) {
         if let Some(reason) = gates::space(path, 0).reason() {
             found.blocks(id, reason, "free some space: a repair writes before it removes");
         } else if space.free_inodes < NEED_INODES {
-            found.warns(id, format!("{} inodes are free at {}", space.free_inodes, path.display()), "free some");
+            found.warns(
+                id,
+                format!("{} inodes are free at {}", space.free_inodes, path.display()),
+                "free some",
+            );
         } else if space.free_bytes < LOW_SPACE_BYTES {
             found.warns(id, format!("only {free} are free at {}", path.display()), "free some space");
         } else {
@@ -324,7 +369,8 @@ fn containers(desk: &Desk, node: &Node, found: &mut Findings) {
         return;
     }
     let dir = std::env::temp_dir().join(format!("koboshi-doctor-{}", std::process::id()));
-    let tried = files::make_private_dir(&dir).and_then(|()| Containers::open(&format!("{}-doctor", node.name), &dir));
+    let tried =
+        files::make_private_dir(&dir).and_then(|()| Containers::open(&format!("{}-doctor", node.name), &dir));
     match tried {
         Ok(containers) => {
             let strength_now = containers.strength();
@@ -355,7 +401,11 @@ fn runtime(node: &Node, found: &mut Findings) {
             Some(why) => found.warns("runtime", why, "install a Node that fits and point the service at it"),
             None => found.ok("runtime", format!("Node {version} at {}", node.node_bin.display())),
         },
-        Err(why) => found.warns("runtime", why, "koboshi recover puts it back from a snapshot; else install Node anew"),
+        Err(why) => found.warns(
+            "runtime",
+            why,
+            "koboshi recover puts it back from a snapshot; else install Node anew",
+        ),
     }
 }
 
@@ -372,15 +422,24 @@ fn switching(node: &Node, found: &mut Findings) {
             format!("{e}: the program could not be repaired"),
             "run the agent as the owner of the prefix, or as root",
         ),
-        Err(e) => found.warns("switch", e.to_string(), e.hint.unwrap_or_else(|| "look at the file system".into())),
+        Err(e) => {
+            found.warns("switch", e.to_string(), e.hint.unwrap_or_else(|| "look at the file system".into()))
+        }
     }
 }
 
 fn the_spare(desk: &Desk, node: &Node, found: &mut Findings) {
     if !desk.config.store.spare {
-        found.ok("spare", "none is kept (spare = false): a lost program tree is written anew, in seconds to a minute");
+        found.ok(
+            "spare",
+            "none is kept (spare = false): a lost program tree is written anew, in seconds to a minute",
+        );
     } else if spare::ready(node).is_empty() {
-        found.warns("spare", "none is there yet", "the agent makes one after the first good snapshot, if there is room");
+        found.warns(
+            "spare",
+            "none is there yet",
+            "the agent makes one after the first good snapshot, if there is room",
+        );
     } else {
         found.ok("spare", format!("ready, {}", bytes(spare::size(node))));
     }
@@ -404,7 +463,11 @@ fn token(desk: &Desk, node: &Node, found: &mut Findings) {
     };
     let serves_by_http = judgement.verdict.is_serving() && judgement.confidence == Confidence::Http;
     if serves_by_http {
-        found.warns("token", "the WebSocket was not reached: judged by ownership and HTTP only", "koboshi check, again");
+        found.warns(
+            "token",
+            "the WebSocket was not reached: judged by ownership and HTTP only",
+            "koboshi check, again",
+        );
     } else {
         found.ok("token", source);
     }

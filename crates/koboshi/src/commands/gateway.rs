@@ -41,8 +41,15 @@ pub(super) fn run(desk: &Desk, what: &NodeCommand) -> Result<Exit> {
         NodeCommand::Stop => {
             let took_ms = stop(desk, &node)?;
             let p = desk.printer;
-            p.line(format!("{} is stopped ({}); it stays down until `koboshi node start`.", node.name, duration(took_ms)));
-            let fields = Fields::default().put("done", "stop").put("node", node_json(&node)).put("took_ms", took_ms as f64);
+            p.line(format!(
+                "{} is stopped ({}); it stays down until `koboshi node start`.",
+                node.name,
+                duration(took_ms)
+            ));
+            let fields = Fields::default()
+                .put("done", "stop")
+                .put("node", node_json(&node))
+                .put("took_ms", took_ms as f64);
             p.object(fields.done());
             Ok(Exit::Done)
         }
@@ -62,7 +69,8 @@ fn stop(desk: &Desk, node: &Node) -> Result<u64> {
     let bar = desk.printer.spinner(&format!("stopping {}", node.name));
     let stopped = match desk.hands(node)? {
         Hands::Agent => {
-            control::give(&desk.places, &Order::Stop { grace_s: grace.as_secs() }, grace + KILL_LIMIT).map(|_| ())
+            control::give(&desk.places, &Order::Stop { grace_s: grace.as_secs() }, grace + KILL_LIMIT)
+                .map(|_| ())
         }
         Hands::Own(mut service, _lock) => {
             wish(desk, true)?;
@@ -109,7 +117,8 @@ fn grace_s(node: &Node) -> u64 {
     /// Two or three plain probes.
     const LIMIT: Duration = Duration::from_secs(3);
     let look = node::look(node, &Want::default(), Deadline::after(LIMIT));
-    let answers = look.health == Health::Live || matches!(look.startup, Startup::Draining | Startup::Starting);
+    let answers =
+        look.health == Health::Live || matches!(look.startup, Startup::Draining | Startup::Starting);
     if answers { GRACE_S } else { GRACE_HUNG_S }
 }
 
@@ -121,7 +130,8 @@ fn served(desk: &Desk, node: &Node, before: Option<ProcessId>, done: &str) -> Re
     if node.gateway() != before || before.is_none() {
         judge.started(began);
     }
-    let bar = p.spinner(&format!("waiting until {} serves (ending this command does not end the start)", node.name));
+    let bar = p
+        .spinner(&format!("waiting until {} serves (ending this command does not end the start)", node.name));
     let judgement = judging::watch(desk, node, &mut judge, WATCH_LIMIT, |_| {});
     bar.done();
     let took_ms = clock::now().since_ms(began).unwrap_or(0);

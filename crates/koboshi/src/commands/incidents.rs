@@ -35,7 +35,9 @@ fn list(desk: &Desk) -> Result<Exit> {
         p.table(&["id", "opened (UTC)", "outcome", "layer", "down", "cause"], &rows);
         p.line("koboshi incidents show ID tells one moment by moment.");
     }
-    p.object(Fields::default().put("incidents", all.iter().map(|o| json(o, false)).collect::<Vec<_>>()).done());
+    p.object(
+        Fields::default().put("incidents", all.iter().map(|o| json(o, false)).collect::<Vec<_>>()).done(),
+    );
     Ok(Exit::Done)
 }
 
@@ -60,8 +62,12 @@ fn show(desk: &Desk, id: &str) -> Result<Exit> {
     let one = match live(desk)?.filter(|o| o.told.id == number) {
         Some(one) => one,
         None => closed(desk, number)?.ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("show incident {number}"), "there is no such incident on record")
-                .hint("koboshi incidents list shows them")
+            Error::new(
+                Kind::NotFound,
+                format!("show incident {number}"),
+                "there is no such incident on record",
+            )
+            .hint("koboshi incidents list shows them")
         })?,
     };
     let p = desk.printer;
@@ -135,7 +141,8 @@ pub(super) fn closed(desk: &Desk, id: u64) -> Result<Option<One>> {
 
 /// From the opening to the first good look that was then confirmed; what was repaired in place was never down.
 fn down_ms(archived: &Archived) -> Option<u64> {
-    let opened: &Record = archived.records.iter().find(|r| matches!(r.event, engine::Event::Opened { .. }))?;
+    let opened: &Record =
+        archived.records.iter().find(|r| matches!(r.event, engine::Event::Opened { .. }))?;
     let engine::Event::Opened { kind, .. } = &opened.event else {
         return None;
     };

@@ -102,13 +102,19 @@ fn desk(cli: &Cli, options: &Install, printer: Printer) -> Result<Desk> {
     }
     let named = match &cli.config {
         Some(file) => Some(file.clone()),
-        None if options.user => Some(places::user_dir("XDG_CONFIG_HOME", ".config")?.join("koboshi/koboshi.toml")),
+        None if options.user => {
+            Some(places::user_dir("XDG_CONFIG_HOME", ".config")?.join("koboshi/koboshi.toml"))
+        }
         None => None,
     };
     let file = Places::config_file(named.as_deref())?;
     if cli.config.is_none() && !root && file.starts_with("/etc") {
-        return Err(Error::new(Kind::Denied, "install", format!("{} is there and belongs to the system", file.display()))
-            .hint("sudo koboshi install, or koboshi install --user for one of your own"));
+        return Err(Error::new(
+            Kind::Denied,
+            "install",
+            format!("{} is there and belongs to the system", file.display()),
+        )
+        .hint("sudo koboshi install, or koboshi install --user for one of your own"));
     }
     let config = config::load(&file)?;
     let places = Places::new(file, &config)?;
@@ -124,9 +130,11 @@ fn plan(desk: &Desk, options: &Install) -> Result<Plan> {
     let (node, how, others) = match (node::find(&hint), &remembered) {
         (Ok(found), Some(known)) => (keep_runtime(found.node, known), found.how, found.others),
         (Ok(found), None) => (found.node, found.how, found.others),
-        (Err(e), Some(known)) => {
-            (known.clone(), vec![format!("it is remembered from before; it cannot be found now: {}", e.why)], Vec::new())
-        }
+        (Err(e), Some(known)) => (
+            known.clone(),
+            vec![format!("it is remembered from before; it cannot be found now: {}", e.why)],
+            Vec::new(),
+        ),
         (Err(e), None) => return Err(e),
     };
     let config_text = (!desk.places.config_file.exists()).then(|| config_text(&asked));
@@ -195,7 +203,9 @@ fn service_plan(desk: &Desk, options: &Install, node: &Node) -> Result<Service> 
     if options.no_service {
         return Ok(Service::None);
     }
-    let exe = std::env::current_exe().and_then(|e| e.canonicalize()).context(|| "find koboshi's own program".into())?;
+    let exe = std::env::current_exe()
+        .and_then(|e| e.canonicalize())
+        .context(|| "find koboshi's own program".into())?;
     if !service::systemd_running() {
         return Ok(Service::Lines(lines(desk, &exe)));
     }
@@ -236,11 +246,16 @@ fn tell(desk: &Desk, plan: &Plan, layers: &[readiness::Readiness]) -> Result<()>
     let places = &desk.places;
     if desk.config.alert.is_empty() {
         p.line(p.yellow("Nobody would be told of an emergency: no alert channel is configured."));
-        p.line(format!("  fix: add an [[alert]] to {}, then koboshi alert test", places.config_file.display()));
+        p.line(format!(
+            "  fix: add an [[alert]] to {}, then koboshi alert test",
+            places.config_file.display()
+        ));
     }
     p.line(p.bold("Found"));
     let node = &plan.node;
-    let version = node.package_version().map_or_else(|| "OpenClaw, version unknown".to_owned(), |v| format!("OpenClaw {v}"));
+    let version = node
+        .package_version()
+        .map_or_else(|| "OpenClaw, version unknown".to_owned(), |v| format!("OpenClaw {v}"));
     p.line(format!("  {}: {version}, port {}, user {}", node.name, node.port, node.user));
     p.line(format!("  program  {}", node.package_dir.display()));
     p.line(format!("  runtime  {}", node.node_bin.display()));
@@ -254,7 +269,11 @@ fn tell(desk: &Desk, plan: &Plan, layers: &[readiness::Readiness]) -> Result<()>
     }
     p.line(p.bold("Writes"));
     for (path, what, state) in writes(desk, plan) {
-        p.line(format!("  {} ({what}{})", path.display(), if state == "kept" { ", there already: kept" } else { "" }));
+        p.line(format!(
+            "  {} ({what}{})",
+            path.display(),
+            if state == "kept" { ", there already: kept" } else { "" }
+        ));
     }
     if let Service::Unit { linger: Some(user), .. } = &plan.service {
         p.line(format!("  linger for {user}, so that the service runs without a login"));
@@ -329,7 +348,11 @@ fn json(desk: &Desk, plan: &Plan, layers: &[readiness::Readiness]) -> Result<Fie
     let written: Vec<Value> = writes(desk, plan)
         .into_iter()
         .map(|(path, what, state)| {
-            Fields::default().put("path", path.display().to_string()).put("what", what).put("state", state).done()
+            Fields::default()
+                .put("path", path.display().to_string())
+                .put("what", what)
+                .put("state", state)
+                .done()
         })
         .collect();
     let service = match &plan.service {
@@ -389,11 +412,14 @@ fn carry_out(desk: &Desk, plan: &Plan) -> Result<Done> {
         let baseline = Baseline::take(&plan.node, Vec::new(), clock::now(), Deadline::after(BASELINE_LIMIT))?;
         patient::set_baseline(&desk.places, &baseline)?;
     }
-    let snapshot = plan.first_snapshot.then(|| snapshots::take(desk, &plan.node, "first, at install")).transpose()?;
+    let snapshot =
+        plan.first_snapshot.then(|| snapshots::take(desk, &plan.node, "first, at install")).transpose()?;
     if let Some(info) = &snapshot {
         let settle = desk.config.backup.settle_s;
         p.line(format!("First snapshot {}: {}.", info.id, snapshots::amount(info)));
-        p.line(format!("  It is a candidate, and good once the node has served for {settle} s under the agent."));
+        p.line(format!(
+            "  It is a candidate, and good once the node has served for {settle} s under the agent."
+        ));
     }
     let started = match &plan.service {
         Service::Unit { unit, text, write, linger } => {
@@ -409,7 +435,11 @@ fn make_config_dir(file: &Path) -> Result<()> {
     let Some(dir) = file.parent() else { return Ok(()) };
     // Everybody may see that there is a configuration; the file itself holds tokens and is private.
     let mode = if dir.starts_with("/etc") { 0o755 } else { 0o700 };
-    std::fs::DirBuilder::new().recursive(true).mode(mode).create(dir).context(|| format!("make {}", dir.display()))
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(dir)
+        .context(|| format!("make {}", dir.display()))
 }
 
 /// Writes the unit and has it run. Restarting the agent for a changed unit ends no gateway (`KillMode=process`).
@@ -424,7 +454,9 @@ fn start_unit(desk: &Desk, unit: &OwnUnit, text: &str, write: bool, linger: Opti
     if let Some(user) = linger
         && let Err(e) = unit::enable_linger(user)
     {
-        desk.printer.note(format!("{e}; the service ends with the last logout until: sudo loginctl enable-linger {user}"));
+        desk.printer.note(format!(
+            "{e}; the service ends with the last logout until: sudo loginctl enable-linger {user}"
+        ));
     }
     let was_running = desk.agent().is_some();
     unit::systemctl(unit.scope, &["enable", "--now", &unit.name])?;
@@ -472,7 +504,9 @@ mod tests {
             .map(|l| {
                 let bare = l.strip_prefix("# ").unwrap_or(l);
                 let key = bare.split(" = ").next().unwrap_or_default();
-                let setting = bare.contains(" = ") && !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+                let setting = bare.contains(" = ")
+                    && !key.is_empty()
+                    && key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
                 if setting || bare == "[[alert]]" { bare } else { "" }
             })
             .zip(EXAMPLE.lines())

@@ -14,8 +14,12 @@ pub(super) fn export(desk: &Desk) -> Result<Exit> {
     let file = &desk.places.key_file;
     let bytes = files::read_bounded(file, MAX_BYTES).map_err(|e| {
         if e.kind == Kind::NotFound {
-            Error::new(Kind::NotFound, "export the store's key", format!("there is none at {}", file.display()))
-                .hint("koboshi install or koboshi snapshot create makes one together with the store")
+            Error::new(
+                Kind::NotFound,
+                "export the store's key",
+                format!("there is none at {}", file.display()),
+            )
+            .hint("koboshi install or koboshi snapshot create makes one together with the store")
         } else {
             e
         }

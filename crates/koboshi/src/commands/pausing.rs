@@ -49,7 +49,8 @@ pub(super) fn resume(desk: &Desk) -> Result<Exit> {
 /// `90s`, `30m`, `2h`, `1d`, or several of them: `1h30m`.
 fn parse(text: &str) -> Result<u64> {
     let wrong = |why: String| {
-        Error::new(Kind::Usage, format!("pause for {text:?}"), why).hint("say it like 30m, 2h or 1d, at most 30d")
+        Error::new(Kind::Usage, format!("pause for {text:?}"), why)
+            .hint("say it like 30m, 2h or 1d, at most 30d")
     };
     let mut total_s: u64 = 0;
     let mut number = String::new();
@@ -65,7 +66,8 @@ fn parse(text: &str) -> Result<u64> {
             'd' => 86_400,
             other => return Err(wrong(format!("{other:?} is no unit of time"))),
         };
-        let count: u64 = number.parse().map_err(|_| wrong("a number is missing before the unit".to_owned()))?;
+        let count: u64 =
+            number.parse().map_err(|_| wrong("a number is missing before the unit".to_owned()))?;
         total_s = total_s.saturating_add(count.saturating_mul(unit_s));
         number.clear();
     }

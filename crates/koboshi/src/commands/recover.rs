@@ -130,7 +130,8 @@ fn layer(name: &str) -> Result<Layer> {
             "there is no such layer"
         };
         let names: Vec<&str> = BUILT.iter().map(|l| l.name()).collect();
-        Error::new(Kind::Usage, format!("recover with the layer {name:?}"), why).hint(format!("one of {}", names.join(", ")))
+        Error::new(Kind::Usage, format!("recover with the layer {name:?}"), why)
+            .hint(format!("one of {}", names.join(", ")))
     })
 }
 
@@ -147,7 +148,10 @@ fn examine(desk: &Desk, node: &Node, care: Care) -> Result<Examination> {
 fn refuse_hands_off(desk: &Desk) -> Result<()> {
     let refuse = |why: &str, hint: &str| Err(Error::new(Kind::Usage, "recover the node", why).hint(hint));
     if desk.config.mode == Mode::Watch {
-        return refuse("koboshi only watches (mode = \"watch\")", "set mode = \"guard\" in the configuration");
+        return refuse(
+            "koboshi only watches (mode = \"watch\")",
+            "set mode = \"guard\" in the configuration",
+        );
     }
     if desk.will().paused(clock::wall().as_second()) {
         return refuse("koboshi is paused", "koboshi resume, then again");
@@ -247,7 +251,8 @@ fn by_agent(desk: &Desk) -> Result<Done> {
     let result = ask_and_follow(desk, already_open, before.incidents);
     if let Some(own) = own {
         own.end(desk);
-        desk.printer.note("the agent of this recovery has ended; nothing guards the node now (koboshi install)");
+        desk.printer
+            .note("the agent of this recovery has ended; nothing guards the node now (koboshi install)");
     }
     result
 }
@@ -308,7 +313,8 @@ fn follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
 
 /// Whether the incident that was open or opened is over, or holds.
 fn over(desk: &Desk, state: &engine::State) -> Result<Option<Done>> {
-    let none = |outcome, words: String| Done { outcome, layer: None, incident: None, down_ms: 0, took_ms: 0, words };
+    let none =
+        |outcome, words: String| Done { outcome, layer: None, incident: None, down_ms: 0, took_ms: 0, words };
     let Some(incident) = &state.incident else {
         let Some(closed) = &state.closed else { return Ok(None) };
         let words = match (closed.outcome, closed.layer) {
@@ -317,7 +323,8 @@ fn over(desk: &Desk, state: &engine::State) -> Result<Option<Done>> {
             (Outcome::LeftAlone | Outcome::Emergency | Outcome::Failed, _) => closed.why.clone(),
         };
         let down_ms = incidents::closed(desk, closed.id)?.map_or(closed.took_ms, |one| one.down_ms);
-        let done = Done { layer: closed.layer, took_ms: closed.took_ms, down_ms, ..none(closed.outcome, words) };
+        let done =
+            Done { layer: closed.layer, took_ms: closed.took_ms, down_ms, ..none(closed.outcome, words) };
         return Ok(Some(done));
     };
     Ok(match &incident.stage {
@@ -333,7 +340,10 @@ fn over(desk: &Desk, state: &engine::State) -> Result<Option<Done>> {
             )),
             HoldKind::Degraded => Some(Done {
                 layer: hold.layer,
-                ..none(Outcome::Recovered, "it serves; what it silenced itself comes back by itself".to_owned())
+                ..none(
+                    Outcome::Recovered,
+                    "it serves; what it silenced itself comes back by itself".to_owned(),
+                )
             }),
         },
     })
@@ -365,8 +375,9 @@ impl Temporary {
             .stderr(Stdio::from(log_file))
             .spawn()
             .context(what)?;
-        let id = ProcessId::of(child.id())
-            .ok_or_else(|| Error::new(Kind::System, what(), "it ended at once").hint(format!("see {}", log(desk).display())))?;
+        let id = ProcessId::of(child.id()).ok_or_else(|| {
+            Error::new(Kind::System, what(), "it ended at once").hint(format!("see {}", log(desk).display()))
+        })?;
         let temporary = Temporary { child, fd: id.open()? };
         let deadline = Deadline::after(AGENT_APPEARS);
         while !deadline.passed() {
@@ -379,7 +390,8 @@ impl Temporary {
             std::thread::sleep(LOOK_AGAIN);
         }
         temporary.end(desk);
-        Err(Error::new(Kind::System, what(), "it did not begin to guard").hint(format!("see {}", log(desk).display())))
+        Err(Error::new(Kind::System, what(), "it did not begin to guard")
+            .hint(format!("see {}", log(desk).display())))
     }
 
     /// Ends it, after its messages had time to leave. The gateway stays.
@@ -419,9 +431,12 @@ impl Drop for Off<'_> {
 
 fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result<Done> {
     let what = || format!("run the layer {layer} by hand");
-    let disk = readiness::Disk { findings: exam.findings.clone(), good: exam.snapshot.clone(), store_trouble: None };
+    let disk =
+        readiness::Disk { findings: exam.findings.clone(), good: exam.snapshot.clone(), store_trouble: None };
     if let Some(Err(why)) = applies(node, layer, &disk, exam) {
-        return Err(Error::new(Kind::System, what(), why).hint("koboshi recover --dry-run says what would work"));
+        return Err(
+            Error::new(Kind::System, what(), why).hint("koboshi recover --dry-run says what would work")
+        );
     }
     let before = Will { stopped: false, ..desk.will() };
     let until_s = clock::wall().as_second() + HANDS_OFF_S;
@@ -431,7 +446,7 @@ fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result
 
     let began = clock::now();
     let hands = desk.hands(node)?;
-    let containers = Containers::open(&node.name, &desk.places.run_dir)?;
+    let containers = desk.places.containers(node)?;
     let runner = Runner::new(containers.clone(), desk.places.clone());
     let findings = exam.findings.clone();
     let hung = node.gateway().is_some();
@@ -455,11 +470,20 @@ fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result
         let whole = after.need == Need::Nothing;
         let words = if whole { "repaired while it served" } else { "the disk is still not whole" };
         let outcome = if whole { Outcome::Recovered } else { Outcome::Failed };
-        return Ok(Done { outcome, layer: Some(layer), incident: None, down_ms: 0, took_ms: 0, words: words.to_owned() });
+        return Ok(Done {
+            outcome,
+            layer: Some(layer),
+            incident: None,
+            down_ms: 0,
+            took_ms: 0,
+            words: words.to_owned(),
+        });
     }
     let mut service = match hands {
         Hands::Own(service, lock) => (service, Some(lock)),
-        Hands::Agent => (Box::new(crate::patient::Service::of(node, &desk.config, &containers, &desk.places)?), None),
+        Hands::Agent => {
+            (Box::new(crate::patient::Service::of(node, &desk.config, &containers, &desk.places)?), None)
+        }
     };
     service.0.manager().start(Deadline::after(MANAGER_LIMIT))?;
     let mut judge = judging::judge(desk);
@@ -484,13 +508,20 @@ fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result
     })
 }
 
-fn applies(node: &Node, layer: Layer, disk: &readiness::Disk, exam: &Examination) -> Option<std::result::Result<(), String>> {
+fn applies(
+    node: &Node,
+    layer: Layer,
+    disk: &readiness::Disk,
+    exam: &Examination,
+) -> Option<std::result::Result<(), String>> {
     if layer == Layer::InPlace {
         return Some(match (exam.need, &disk.good) {
             (_, None) => Err("there is no good snapshot yet".to_owned()),
             (Need::InPlace | Need::Later, Some(_)) => Ok(()),
             (Need::Nothing, Some(_)) => Err("nothing on the disk is damaged".to_owned()),
-            (Need::Interruption, Some(_)) => Err("the damage needs the gateway stopped: use restore".to_owned()),
+            (Need::Interruption, Some(_)) => {
+                Err("the damage needs the gateway stopped: use restore".to_owned())
+            }
         });
     }
     readiness::layers(node, disk).into_iter().find(|r| r.layer == layer).map(|r| r.state.map(|_| ()))
@@ -503,8 +534,12 @@ fn wait_for_hands_off(desk: &Desk) -> Result<()> {
             return Ok(());
         }
         if deadline.passed() {
-            return Err(Error::new(Kind::TimedOut, "have the agent keep its hands off", "it is still at work")
-                .hint("koboshi status shows at what; try again when it is done"));
+            return Err(Error::new(
+                Kind::TimedOut,
+                "have the agent keep its hands off",
+                "it is still at work",
+            )
+            .hint("koboshi status shows at what; try again when it is done"));
         }
         std::thread::sleep(LOOK_AGAIN);
     }
@@ -520,7 +555,8 @@ fn report(desk: &Desk, layer: Layer, answer: Answer) -> Result<()> {
             Ok(())
         }
         Answer::Failed { what, why } => {
-            Err(Error::new(Kind::System, what, why).hint("koboshi recover --dry-run says what else would work"))
+            Err(Error::new(Kind::System, what, why)
+                .hint("koboshi recover --dry-run says what else would work"))
         }
         Answer::Examined(_)
         | Answer::Taken { .. }

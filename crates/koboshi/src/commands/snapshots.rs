@@ -98,7 +98,10 @@ pub(super) fn take(desk: &Desk, node: &Node, note: &str) -> Result<SnapshotInfo>
 fn list(desk: &Desk) -> Result<Exit> {
     let p = desk.printer;
     let Some(store) = step::open_store(&desk.places)? else {
-        p.line(format!("There is no store in {} yet: koboshi install sets it up.", desk.places.store().display()));
+        p.line(format!(
+            "There is no store in {} yet: koboshi install sets it up.",
+            desk.places.store().display()
+        ));
         p.object(Fields::default().put("snapshots", Vec::<Value>::new()).done());
         return Ok(Exit::Done);
     };
@@ -146,11 +149,20 @@ fn show(desk: &Desk, id: &str) -> Result<Exit> {
     let info = resolve(&store, id)?;
     let p = desk.printer;
     p.line(p.bold(&format!("snapshot {} ({})", info.id, info.trust)));
-    p.line(format!("  taken {} UTC, {}: {}", info.taken.strftime("%Y-%m-%d %H:%M:%S"), ago(info.taken), info.note));
+    p.line(format!(
+        "  taken {} UTC, {}: {}",
+        info.taken.strftime("%Y-%m-%d %H:%M:%S"),
+        ago(info.taken),
+        info.note
+    ));
     if let Some(version) = &info.version {
         p.line(format!("  OpenClaw {version}"));
     }
-    p.line(format!("  cost {} and {} of disk", duration(info.cost.wall_ms as u64), bytes(info.cost.added_bytes)));
+    p.line(format!(
+        "  cost {} and {} of disk",
+        duration(info.cost.wall_ms as u64),
+        bytes(info.cost.added_bytes)
+    ));
     let rows: Vec<Vec<String>> = info
         .classes
         .iter()
@@ -172,7 +184,12 @@ fn show(desk: &Desk, id: &str) -> Result<Exit> {
 fn problems(desk: &Desk, info: &SnapshotInfo) {
     for problem in &info.problems {
         let carried = if problem.carried { " (kept from the snapshot before)" } else { "" };
-        desk.printer.line(format!("  not as it should be: {}/{}: {}{carried}", problem.root, problem.path.display(), problem.why));
+        desk.printer.line(format!(
+            "  not as it should be: {}/{}: {}{carried}",
+            problem.root,
+            problem.path.display(),
+            problem.why
+        ));
     }
 }
 
@@ -187,11 +204,25 @@ fn verify(desk: &Desk, id: Option<&str>) -> Result<Exit> {
     let of = id.as_ref().map_or_else(|| "all snapshots".to_owned(), |id| format!("snapshot {id}"));
     let took = duration(report.cost.wall_ms as u64);
     if report.bad.is_empty() {
-        p.line(format!("{}: {} objects, {} of {of} are what they were, in {took}.", p.green("proven"), report.objects, bytes(report.bytes)));
+        p.line(format!(
+            "{}: {} objects, {} of {of} are what they were, in {took}.",
+            p.green("proven"),
+            report.objects,
+            bytes(report.bytes)
+        ));
     } else {
-        p.line(format!("{}: {} of {} objects of {of} fail their proof:", p.red("damaged"), report.bad.len(), report.objects));
+        p.line(format!(
+            "{}: {} of {} objects of {of} fail their proof:",
+            p.red("damaged"),
+            report.bad.len(),
+            report.objects
+        ));
         for bad in &report.bad {
-            let needs = if bad.snapshots.is_empty() { String::new() } else { format!(" (in {})", bad.snapshots.join(", ")) };
+            let needs = if bad.snapshots.is_empty() {
+                String::new()
+            } else {
+                format!(" (in {})", bad.snapshots.join(", "))
+            };
             p.line(format!("  {}: {}{needs}", bad.what, bad.why));
         }
         p.line("A repair passes them over and takes the bytes from elsewhere, or an older snapshot.");
@@ -231,7 +262,13 @@ fn restore(desk: &Desk, id: &str, to: &Path, classes: &[String]) -> Result<Exit>
     let done = store.export(&info.id, &chosen, &to, Deadline::after(READ_LIMIT));
     bar.done();
     let done = done?;
-    p.line(format!("{} files, {} of snapshot {} lie in {}, every byte proven.", done.files, bytes(done.bytes), info.id, to.display()));
+    p.line(format!(
+        "{} files, {} of snapshot {} lie in {}, every byte proven.",
+        done.files,
+        bytes(done.bytes),
+        info.id,
+        to.display()
+    ));
     for root in info.roots.iter().filter(|r| chosen.contains(&r.class)) {
         p.line(format!("  {}  was {}", to.join(&root.name).display(), root.path.display()));
     }
@@ -325,7 +362,8 @@ fn resolve(store: &Store, id: &str) -> Result<SnapshotInfo> {
     let fits: Vec<&SnapshotInfo> = all.iter().filter(|i| !id.is_empty() && i.id.starts_with(id)).collect();
     match fits.as_slice() {
         [only] => Ok((*only).clone()),
-        [] => Err(Error::new(Kind::NotFound, what(), "there is no such snapshot").hint("koboshi snapshot list shows them")),
+        [] => Err(Error::new(Kind::NotFound, what(), "there is no such snapshot")
+            .hint("koboshi snapshot list shows them")),
         many => {
             let ids: Vec<&str> = many.iter().map(|i| i.id.as_str()).collect();
             Err(Error::new(Kind::Usage, what(), format!("{} begin so: {}", ids.len(), ids.join(", ")))
@@ -352,7 +390,10 @@ pub(super) fn json(info: &SnapshotInfo) -> Value {
         .classes
         .iter()
         .map(|(class, c)| {
-            let fields = Fields::default().put("files", c.files).put("bytes", c.bytes).put("taken", c.taken.to_string());
+            let fields = Fields::default()
+                .put("files", c.files)
+                .put("bytes", c.bytes)
+                .put("taken", c.taken.to_string());
             (class.name().to_owned(), fields.done())
         })
         .collect();

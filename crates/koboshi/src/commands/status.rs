@@ -32,7 +32,12 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let node = desk.node()?;
     let agent = desk.agent();
     let status = desk.status();
-    let fresh = status.clone().filter(|s| clock::now().since_ms(s.at).is_some_and(|ms| ms < FRESH_MS));
+    // The agent's word counts while it is young and about the gateway that runs now.
+    let gateway = node.gateway();
+    let fresh = status.clone().filter(|s| {
+        let young = clock::now().since_ms(s.at).is_some_and(|ms| ms < FRESH_MS);
+        young && s.gateway == gateway && (gateway.is_some() || !s.verdict.is_serving())
+    });
     let verdict = match &fresh {
         Some(status) => status.verdict.clone(),
         None => judging::look(desk, &node, &mut judging::judge(desk)).verdict,
@@ -45,7 +50,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let recent = incidents::newest(desk, INCIDENTS)?;
 
     head(desk, &node, &verdict, fresh.as_ref());
-    agent_lines(desk, agent, status.as_ref(), fresh.is_some());
+    agent_lines(desk, agent, status.as_ref());
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
     }
@@ -79,8 +84,11 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
 fn head(desk: &Desk, node: &Node, verdict: &Verdict, status: Option<&Status>) {
     let p = desk.printer;
     p.line(check::headline(desk, node, verdict));
-    let version = node.package_version().map_or_else(|| "OpenClaw (no readable package)".to_owned(), |v| format!("OpenClaw {v}"));
-    let process = node.gateway().map_or_else(|| "no gateway process".to_owned(), |id| format!("process {}", id.pid));
+    let version = node
+        .package_version()
+        .map_or_else(|| "OpenClaw (no readable package)".to_owned(), |v| format!("OpenClaw {v}"));
+    let process =
+        node.gateway().map_or_else(|| "no gateway process".to_owned(), |id| format!("process {}", id.pid));
     let since = status
         .and_then(|s| s.serving_since)
         .and_then(|at| clock::now().since_ms(at))
@@ -88,7 +96,7 @@ fn head(desk: &Desk, node: &Node, verdict: &Verdict, status: Option<&Status>) {
     p.line(format!("node       {version}, port {}, user {}, {process}{since}", node.port, node.user));
 }
 
-fn agent_lines(desk: &Desk, agent: Option<ProcessId>, status: Option<&Status>, fresh: bool) {
+fn agent_lines(desk: &Desk, agent: Option<ProcessId>, status: Option<&Status>) {
     let p = desk.printer;
     match (agent, status) {
         (None, _) => {
@@ -97,8 +105,12 @@ fn agent_lines(desk: &Desk, agent: Option<ProcessId>, status: Option<&Status>, f
         }
         (Some(id), None) => p.line(format!("agent      process {}, just begun", id.pid)),
         (Some(id), Some(s)) => {
-            let stale = if fresh { "" } else { ", silent for over 90 s" };
-            p.line(format!("agent      process {}, {} mode, {}; {}{stale}", id.pid, s.mode, s.manager, s.containers));
+            let silent_ms = clock::now().since_ms(s.at).unwrap_or(FRESH_MS);
+            let stale = if silent_ms < FRESH_MS { "" } else { ", silent for over 90 s" };
+            p.line(format!(
+                "agent      process {}, {} mode, {}; {}{stale}",
+                id.pid, s.mode, s.manager, s.containers
+            ));
             if let Some(trouble) = &s.trouble {
                 p.line(format!("           {} {trouble}", p.yellow("trouble:")));
             }
@@ -151,11 +163,8 @@ fn snapshot_lines(desk: &Desk, kept: &Kept) {
     };
     p.line(format!("snapshots  {} kept, {good}; {disk}", kept.snapshots.len()));
     if let Some(info) = newest_good(kept) {
-        let ages: Vec<String> = info
-            .classes
-            .iter()
-            .map(|(class, c)| format!("{class} {}", seconds(age_s(c.taken))))
-            .collect();
+        let ages: Vec<String> =
+            info.classes.iter().map(|(class, c)| format!("{class} {}", seconds(age_s(c.taken)))).collect();
         p.line(format!("           good copies seen: {}", ages.join(", ")));
     }
 }
@@ -186,10 +195,14 @@ fn kept_json(kept: &Kept) -> Value {
 fn told_lines(desk: &Desk, node: &Node) {
     let p = desk.printer;
     if desk.config.alert.is_empty() {
-        p.line(format!("alerts     {}: only files on this machine are written", p.yellow("nobody would be told")));
+        p.line(format!(
+            "alerts     {}: only files on this machine are written",
+            p.yellow("nobody would be told")
+        ));
         return;
     }
-    let outbox = desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
+    let outbox =
+        desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
     let words: Vec<String> = alerts::channels(desk, Some(&node.home))
         .iter()
         .filter(|c| !c.is_local())

@@ -46,7 +46,12 @@ pub(super) fn run(cli: &Cli, options: &Uninstall, printer: Printer) -> Result<Ex
         p.line(p.red("Every snapshot, the key, the journal and all that lies in quarantine go with this."));
     } else if desk.places.state_dir.is_dir() {
         let size = files::tree_size(&desk.places.state_dir, MAX_ENTRIES).map_or(0, |s| s.disk_bytes);
-        p.line(format!("keeps   {} and {} ({}); --purge removes them too", desk.places.state_dir.display(), desk.places.key_file.display(), bytes(size)));
+        p.line(format!(
+            "keeps   {} and {} ({}); --purge removes them too",
+            desk.places.state_dir.display(),
+            desk.places.key_file.display(),
+            bytes(size)
+        ));
     }
     p.line("The node stays as it is.");
     let fields = Fields::default()
@@ -101,7 +106,9 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.will(),
         ]);
         let own = |name: &str| {
-            ["journal.", "gateway.log", "alerts", "key-exported", "agent.log"].iter().any(|p| name.starts_with(p))
+            ["journal.", "gateway.log", "alerts", "key-exported", "agent.log"]
+                .iter()
+                .any(|p| name.starts_with(p))
         };
         all.extend(names(&places.state_dir).filter(|n| own(n)).map(|n| places.state_dir.join(n)));
     }
@@ -127,11 +134,16 @@ fn names(dir: &Path) -> impl Iterator<Item = String> + use<> {
 /// Directories that go if they are empty, the innermost first.
 fn own_dirs(desk: &Desk) -> Vec<&Path> {
     let places = &desk.places;
-    [Some(places.run_dir.as_path()), places.key_file.parent(), Some(&places.state_dir), places.config_file.parent()]
-        .into_iter()
-        .flatten()
-        .filter(|dir| names(dir).next().is_none() || dir.file_name().is_some_and(|n| n == "koboshi"))
-        .collect()
+    [
+        Some(places.run_dir.as_path()),
+        places.key_file.parent(),
+        Some(&places.state_dir),
+        places.config_file.parent(),
+    ]
+    .into_iter()
+    .flatten()
+    .filter(|dir| names(dir).next().is_none() || dir.file_name().is_some_and(|n| n == "koboshi"))
+    .collect()
 }
 
 fn remove(path: &Path) -> Result<()> {
@@ -151,13 +163,18 @@ fn end_agent(id: ProcessId) -> Result<()> {
         return Ok(());
     }
     if id.pid == 1 {
-        return Err(Error::new(Kind::Usage, what(), "it is this container's first process: ending it stops the gateway")
-            .hint("take koboshi out of the image's ENTRYPOINT instead"));
+        return Err(Error::new(
+            Kind::Usage,
+            what(),
+            "it is this container's first process: ending it stops the gateway",
+        )
+        .hint("take koboshi out of the image's ENTRYPOINT instead"));
     }
     let fd = id.open()?;
     fd.signal(rustix::process::Signal::TERM)?;
     if fd.wait(Deadline::after(AGENT_ENDS)) {
         return Ok(());
     }
-    Err(Error::new(Kind::TimedOut, what(), "it has not ended").hint("koboshi status shows what it is doing; try again"))
+    Err(Error::new(Kind::TimedOut, what(), "it has not ended")
+        .hint("koboshi status shows what it is doing; try again"))
 }

@@ -148,7 +148,8 @@ fn spoken(tool: &str, args: &[&str], cmd: &Cmd) -> Result<()> {
 pub(super) fn user_name() -> Option<String> {
     /// Accounts of a large site.
     const MAX_ACCOUNTS_BYTES: u64 = 4 << 20;
-    let text = String::from_utf8(files::read_bounded(Path::new("/etc/passwd"), MAX_ACCOUNTS_BYTES).ok()?).ok()?;
+    let text =
+        String::from_utf8(files::read_bounded(Path::new("/etc/passwd"), MAX_ACCOUNTS_BYTES).ok()?).ok()?;
     let uid = Ids::current().uid.to_string();
     text.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -166,7 +167,10 @@ mod tests {
         for (scope, target) in [(Scope::System, "multi-user.target"), (Scope::User, "default.target")] {
             let text = text(scope, Path::new("/opt/k/koboshi"), Path::new("/etc/koboshi/koboshi.toml"));
             assert!(text.starts_with(MARK));
-            assert!(text.contains("\nExecStart=/opt/k/koboshi --config /etc/koboshi/koboshi.toml guard\n"), "{text}");
+            assert!(
+                text.contains("\nExecStart=/opt/k/koboshi --config /etc/koboshi/koboshi.toml guard\n"),
+                "{text}"
+            );
             assert!(text.contains(&format!("\nWantedBy={target}\n")));
             for line in ["Restart=always", "KillMode=process", "Delegate=yes", "StartLimitIntervalSec=0"] {
                 assert!(text.lines().any(|l| l == line), "{line} is missing");
@@ -186,7 +190,8 @@ mod tests {
     #[test]
     fn a_strangers_unit_is_refused_and_an_equal_one_left() {
         let dir = tempfile::tempdir().unwrap();
-        let unit = OwnUnit { scope: Scope::System, name: "koboshi.service".into(), file: dir.path().join("k") };
+        let unit =
+            OwnUnit { scope: Scope::System, name: "koboshi.service".into(), file: dir.path().join("k") };
         let mine = text(Scope::System, Path::new("/k"), Path::new("/c"));
         assert!(differs(&unit, &mine).unwrap());
         std::fs::write(&unit.file, &mine).unwrap();

@@ -91,7 +91,9 @@ impl Fake {
         std::fs::set_permissions(&node, std::fs::Permissions::from_mode(0o755)).unwrap();
         write(
             &self.state().join("openclaw.json"),
-            &json!({"gateway": {"mode": "local", "port": self.port, "auth": {"mode": "trusted-proxy"}}}).to_string(),
+            &json!({"gateway": {"mode": "local", "port": self.port, "auth": {"mode": "trusted-proxy"}},
+                "agents": {"defaults": {"workspace": self.state().join("workspace")}}})
+            .to_string(),
         );
         std::fs::set_permissions(self.state().join("openclaw.json"), std::fs::Permissions::from_mode(0o600)).unwrap();
         write(&self.state().join("workspace/MEMORY.md"), "remember\n");
@@ -105,6 +107,11 @@ impl Fake {
              CREATE TABLE cron_jobs(id TEXT); INSERT INTO cron_jobs VALUES('a');",
         )
         .unwrap();
+        drop(db);
+        let agent = self.state().join("agents/main/agent");
+        std::fs::create_dir_all(&agent).unwrap();
+        let db = rusqlite::Connection::open(agent.join("openclaw-agent.sqlite")).unwrap();
+        db.execute_batch("PRAGMA user_version=1; CREATE TABLE sessions(id TEXT); INSERT INTO sessions VALUES('s');").unwrap();
         drop(db);
         self.configure("");
     }

@@ -1,6 +1,7 @@
 //! Where koboshi's own files lie. Nothing else in the house knows these names.
 
 use crate::config::Config;
+use host::container::Containers;
 use host::{Error, Kind, Result};
 use std::path::{Path, PathBuf};
 
@@ -134,6 +135,19 @@ impl Places {
     /// The embedded gateway's output.
     pub fn gateway_log(&self) -> PathBuf {
         self.state_dir.join("gateway.log")
+    }
+
+    /// The containers of a node. Named by the node and by where koboshi keeps its state, so that two koboshis on one
+    /// host (two users, a demo beside the real one) never take each other's processes for their own.
+    pub fn containers(&self, node: &node::Node) -> Result<Containers> {
+        /// A container's name is a file name; what is longer or strange is left to the hash.
+        const NAME_CHARS: usize = 24;
+        // FNV-1a: the same for every build, so that an upgraded agent finds the containers of the old one.
+        let bytes = self.state_dir.as_os_str().as_encoded_bytes().iter().chain(node.name.as_bytes());
+        let hash = bytes.fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193));
+        let name: String =
+            node.name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(NAME_CHARS).collect();
+        Containers::open(&format!("{name}-{hash:08x}"), &self.run_dir)
     }
 
     /// Makes the directories that everything else relies on, private to this user.

@@ -10,7 +10,6 @@ use crate::spare;
 use alert::Outbox;
 use engine::{Class, Finding};
 use host::clock::Deadline;
-use host::container::Containers;
 use host::{Error, Kind, Result, files};
 use layers::{Bench, Care, Examination, Report};
 use node::{Baseline, Node};
@@ -209,7 +208,7 @@ fn with_bench(
     deadline: Deadline,
     work: impl FnOnce(&mut Bench<'_>) -> Result<Report>,
 ) -> Result<Answer> {
-    let containers = Containers::open(&request.node.name, &places.run_dir)?;
+    let containers = places.containers(&request.node)?;
     let mut service = Service::of(&request.node, config, &containers, places)?;
     // A damaged store must not keep layer 0 from working.
     let store = open_store(places).unwrap_or_default();

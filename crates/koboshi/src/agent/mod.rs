@@ -26,7 +26,7 @@ use crate::places::Places;
 use crate::print::{Exit, Printer};
 use engine::{Event, IncidentKind, Moment, Record, Verdict};
 use host::clock::{self, Deadline};
-use host::container::{Containers, Strength};
+use host::container::Strength;
 use host::files::LockFile;
 use host::notify::Notifier;
 use host::process::{PidFd, ProcessId};
@@ -130,7 +130,7 @@ impl Agent {
         let signals = Signals::new()?;
         let node = patient::find(&places, &config)?;
         patient::remember(&places, &node)?;
-        let containers = Containers::open(&node.name, &places.run_dir)?;
+        let containers = places.containers(&node)?;
         let service = Service::of(&node, &config, &containers, &places)?;
         let (book, words) = Book::open(&places)?;
         let will = Will::load(&places).unwrap_or_else(|e| {

@@ -12,7 +12,7 @@
 //!                                └───────────► next(State, Ladder, now) ──► Action
 //!                                                                             │
 //!   ┌─────────────────────────────────────────────────────────────────────────┘
-//!   │ write(record) = dry-run apply on a clone (or `check`), append durably, apply to the live state
+//!   │ write(record) = apply to a clone of the state, append durably, then let the clone be the state
 //!   ▼
 //!   Note{record}          write it; ask again
 //!   Spawn{intent, step}   write intent; spawn in container step-N; hold it     (not spawned: Ended SpawnFailed)

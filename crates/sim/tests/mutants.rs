@@ -30,7 +30,6 @@ fn caught(mutant: Mutant, wanted: &str) -> (bool, BTreeMap<&'static str, usize>)
         if let Some(violation) = sim::run(seed, Some(mutant)).violation {
             *by.entry(violation.checker).or_default() += 1;
             if violation.checker == wanted {
-                println!("{}: {wanted} at seed {seed}, after {by:?}", mutant.name());
                 return (true, by);
             }
             if by.values().sum::<usize>() >= ENOUGH {

@@ -420,7 +420,11 @@ impl Checks {
                 self.start_asked = false;
                 self.blamed = false;
             }
-            Event::AlertIntent { key, .. } => {
+            Event::AlertIntent { key, attempt } => {
+                // Three agents in a row died over it: from here on it waits like a refused one.
+                if *attempt > 3 {
+                    self.refused.insert(*key);
+                }
                 self.must(
                     !self.settled.contains(key),
                     "messages-once",

@@ -13,10 +13,10 @@ pub const VARIABLE: &str = "KOBOSHI_DEMO_FAULT_FILE";
 /// CommonJS, for `node --require`.
 pub const SCRIPT: &str = r#"'use strict';
 const fs = require('node:fs');
+const { isMainThread } = require('node:worker_threads');
 const file = process.env.KOBOSHI_DEMO_FAULT_FILE;
-if (file) {
+if (file && isMainThread && process.argv[2] === 'gateway') {
   setInterval(() => {
-    if (process.title !== 'openclaw-gateway') return;
     let order;
     try { order = fs.readFileSync(file, 'utf8').trim(); fs.unlinkSync(file); } catch { return; }
     if (order === 'spin') for (;;) {}

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Err(e) => return usage(&e),
     };
     let printer = Printer::new(cli.json);
-    let exit = run(cli, printer).unwrap_or_else(|e| {
+    let exit = run(&cli, printer).unwrap_or_else(|e| {
         printer.error(&e);
         match e.kind {
             Kind::Usage => Exit::Usage,
@@ -56,14 +56,29 @@ fn usage(e: &clap::Error) -> ExitCode {
     ExitCode::from(if help && e.exit_code() == 0 { 0 } else { Exit::Usage.code() })
 }
 
-fn run(cli: cli::Cli, printer: Printer) -> Result<Exit> {
+fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
     match &cli.command {
         cli::Command::Demo(options) => demo::run(options, printer),
         cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
         cli::Command::Guard(options) => {
-            let (config, places) = commands::open(&cli)?;
+            let (config, places) = commands::open(cli)?;
             agent::run(config, places, options.watch, printer)
         }
-        _ => commands::run(&cli, printer),
+        cli::Command::Install(_)
+        | cli::Command::Uninstall(_)
+        | cli::Command::Status
+        | cli::Command::Check
+        | cli::Command::Doctor
+        | cli::Command::Recover(_)
+        | cli::Command::Snapshot(_)
+        | cli::Command::Incidents(_)
+        | cli::Command::Pause(_)
+        | cli::Command::Resume
+        | cli::Command::Accept
+        | cli::Command::Node(_)
+        | cli::Command::Alert(_)
+        | cli::Command::Key(_)
+        | cli::Command::Completions { .. }
+        | cli::Command::Man { .. } => commands::run(cli, printer),
     }
 }

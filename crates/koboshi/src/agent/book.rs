@@ -113,7 +113,7 @@ impl Book {
             match engine::apply(&mut self.state, &record) {
                 Ok(()) => self.tell(record),
                 Err(illegal) => {
-                    words.push(format!("record {index} of the journal: {illegal}; it is passed over"))
+                    words.push(format!("record {index} of the journal: {illegal}; it is passed over"));
                 }
             }
         }

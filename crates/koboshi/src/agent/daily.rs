@@ -321,7 +321,7 @@ impl Agent {
         if self.daily.snapshot_at.is_some() || self.daily.settle_at.is_some() {
             return;
         }
-        let config_now = stamp(&[self.node.config_path.clone()]);
+        let config_now = stamp(std::slice::from_ref(&self.node.config_path));
         let state_now = stamp(&self.state_files());
         if exam.snapshot.is_none() {
             self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));

@@ -34,7 +34,7 @@ use host::signals::{Got, Signals};
 use host::watch::Watch;
 use host::{Error, Kind, Result};
 use layers::Examination;
-use node::probe::{ServiceLook, ServicePhase};
+use node::probe::ServiceLook;
 use node::{Judge, Judgement, Node, Want};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -634,7 +634,7 @@ impl Agent {
             let service = self.service_state(now, well);
             let want = Want {
                 hello: self.judge.wants_hello(now) || self.doing.judging(),
-                identity: !well || self.judge.wants_hello(now),
+                identity: self.judge.wants_identity(now),
                 update: !well,
                 service,
                 main: self.service.main(),
@@ -658,7 +658,7 @@ impl Agent {
             return Some(look.clone());
         }
         let state = self.service.look(Deadline::after(MANAGER_LIMIT));
-        let look = service_look(&state);
+        let look = ServiceLook::from(&state);
         self.service_look = Some((now, look.clone()));
         Some(look)
     }
@@ -762,29 +762,5 @@ fn describe_will(will: &Will) -> String {
         (true, _) => "that the node stays down".to_owned(),
         (false, true) => "hands off for a while".to_owned(),
         (false, false) => "that the node is guarded".to_owned(),
-    }
-}
-
-/// The manager's state in the judge's words.
-pub(crate) fn service_look(state: &host::service::ServiceState) -> ServiceLook {
-    use host::service::Active;
-    ServiceLook {
-        phase: match state.active {
-            Active::Active => ServicePhase::Running,
-            Active::Activating | Active::AutoRestart => ServicePhase::Starting,
-            Active::Deactivating => ServicePhase::Stopping,
-            Active::Inactive | Active::Failed => ServicePhase::Down,
-            Active::Unknown => ServicePhase::Unknown,
-        },
-        main: state.main,
-        cgroup: state.cgroup.clone(),
-        latched: state.latched.clone(),
-        will: if state.masked && !state.held {
-            Some("its unit is masked".to_owned())
-        } else if state.enabled == Some(false) {
-            Some("its unit is disabled".to_owned())
-        } else {
-            None
-        },
     }
 }

@@ -10,7 +10,6 @@ use crate::print::Printer;
 use crate::step;
 use engine::{Finding, State, Verdict};
 use host::clock::Deadline;
-use host::container::Containers;
 use host::files::LockFile;
 use host::process::ProcessId;
 use host::service::{Manager, ServiceState, Systemd};

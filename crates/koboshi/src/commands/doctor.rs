@@ -423,7 +423,7 @@ fn switching(node: &Node, found: &mut Findings) {
             "run the agent as the owner of the prefix, or as root",
         ),
         Err(e) => {
-            found.warns("switch", e.to_string(), e.hint.unwrap_or_else(|| "look at the file system".into()))
+            found.warns("switch", e.to_string(), e.hint.unwrap_or_else(|| "look at the file system".into()));
         }
     }
 }

@@ -121,7 +121,7 @@ fn live(desk: &Desk) -> Result<Option<One>> {
         return Ok(Some(One { down_ms: last.took_ms, emergency: state.in_emergency(), told: last }));
     }
     let filed = desk.closed_incidents()?.contains(&last.id);
-    Ok((!filed).then(|| One { down_ms: last.took_ms, emergency: false, told: last }))
+    Ok((!filed).then_some(One { down_ms: last.took_ms, emergency: false, told: last }))
 }
 
 /// A closed incident; `None` when there is no such file. A damaged one is an error that names the file.

@@ -1,7 +1,6 @@
 //! Looks at the node for commands: the same probes and the same judge as the agent's, in the foreground.
 
 use super::desk::Desk;
-use crate::agent;
 use engine::Verdict;
 use host::clock::{self, Deadline};
 use node::{Judge, Judgement, Node, Want};
@@ -19,7 +18,7 @@ pub(super) fn judge(desk: &Desk) -> Judge {
 
 /// One look and what the judge says of it.
 pub(super) fn look(desk: &Desk, node: &Node, judge: &mut Judge) -> Judgement {
-    let service = desk.unit_state(node).map(|state| agent::service_look(&state));
+    let service = desk.unit_state(node).map(|state| node::probe::ServiceLook::from(&state));
     let want = Want {
         hello: judge.wants_hello(clock::now()),
         identity: true,

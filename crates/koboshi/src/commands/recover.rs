@@ -18,7 +18,6 @@ use crate::step::{self, Answer, Work};
 use engine::state::{HoldKind, Stage};
 use engine::{Ladder, Layer, Outcome, Rung, Verdict};
 use host::clock::{self, Deadline};
-use host::container::Containers;
 use host::process::{PidFd, ProcessId};
 use host::{Context, Error, Kind, Result};
 use layers::{Care, Examination, Need};

@@ -148,8 +148,12 @@ fn own_dirs(desk: &Desk) -> Vec<&Path> {
 
 fn remove(path: &Path) -> Result<()> {
     let what = || format!("remove {}", path.display());
-    let meta = path.symlink_metadata().context(what)?;
-    let gone = if meta.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    // What an agent that just ended took along itself is gone as well.
+    let gone = match path.symlink_metadata() {
+        Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(e) => Err(e),
+    };
     match gone {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other.context(what),

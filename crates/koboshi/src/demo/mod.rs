@@ -47,7 +47,8 @@ pub fn run(options: &cli::Demo, printer: Printer) -> Result<Exit> {
     let faults = chosen(&options.faults)?;
     let (dir, made) = directory(options.dir.as_deref())?;
     let stage = Stage::make(dir.clone(), options.cache.clone())?;
-    let containers = Containers::open(&format!("demo-set-up-{}", std::process::id()), &stage.dir.join("run"))?;
+    let containers =
+        Containers::open(&format!("demo-set-up-{}", std::process::id()), &stage.dir.join("run"))?;
     let mut demo =
         Demo { printer, stage, containers, options: options.clone(), agent: None, signals: Signals::new()? };
     let result = demo.play(&faults);
@@ -168,7 +169,8 @@ impl Demo {
     /// Starts the gateway without koboshi, waits until the judge confirms it, stops it. Milliseconds from the start
     /// to the first of the looks that were then confirmed.
     fn bare_start(&mut self, node: &Node, seed: Option<&str>) -> Result<u64> {
-        let containers = Containers::open(&format!("demo-bare-{}", std::process::id()), &self.stage.dir.join("run"))?;
+        let containers =
+            Containers::open(&format!("demo-bare-{}", std::process::id()), &self.stage.dir.join("run"))?;
         let command = node.command();
         let spec = GatewaySpec {
             program: command.program.into_os_string(),

@@ -56,14 +56,13 @@ impl Row {
         let started = last(|e| matches!(e, Event::StartIntent { .. }));
         let closed = last(|e| matches!(e, Event::Recovered { .. } | Event::LeftAlone { .. }));
         for record in &incident.records {
-            match &record.event {
-                Event::Recovered { layer, .. } => {
-                    row.layer = *layer;
-                    row.outcome = Outcome::Recovered;
-                }
-                Event::LeftAlone { .. } => row.outcome = Outcome::LeftAlone,
-                Event::Emergency { .. } => row.outcome = Outcome::Emergency,
-                _ => {}
+            if let Event::Recovered { layer, .. } = &record.event {
+                row.layer = *layer;
+                row.outcome = Outcome::Recovered;
+            } else if matches!(record.event, Event::LeftAlone { .. }) {
+                row.outcome = Outcome::LeftAlone;
+            } else if matches!(record.event, Event::Emergency { .. }) {
+                row.outcome = Outcome::Emergency;
             }
         }
         let between = |a: Option<Moment>, b: Option<Moment>| match (a, b) {

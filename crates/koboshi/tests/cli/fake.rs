@@ -95,7 +95,8 @@ impl Fake {
                 "agents": {"defaults": {"workspace": self.state().join("workspace")}}})
             .to_string(),
         );
-        std::fs::set_permissions(self.state().join("openclaw.json"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::set_permissions(self.state().join("openclaw.json"), std::fs::Permissions::from_mode(0o600))
+            .unwrap();
         write(&self.state().join("workspace/MEMORY.md"), "remember\n");
         write(&self.state().join("credentials/x.json"), "{}");
         std::fs::create_dir_all(self.state().join("state")).unwrap();
@@ -111,7 +112,10 @@ impl Fake {
         let agent = self.state().join("agents/main/agent");
         std::fs::create_dir_all(&agent).unwrap();
         let db = rusqlite::Connection::open(agent.join("openclaw-agent.sqlite")).unwrap();
-        db.execute_batch("PRAGMA user_version=1; CREATE TABLE sessions(id TEXT); INSERT INTO sessions VALUES('s');").unwrap();
+        db.execute_batch(
+            "PRAGMA user_version=1; CREATE TABLE sessions(id TEXT); INSERT INTO sessions VALUES('s');",
+        )
+        .unwrap();
         drop(db);
         self.configure("");
     }
@@ -159,6 +163,7 @@ impl Fake {
     }
 
     /// Starts the gateway as somebody else would: not by koboshi.
+    #[allow(clippy::zombie_processes, reason = "it is ended by its identity; a zombie counts as gone")]
     pub fn start_gateway(&self) -> ProcessId {
         let child = std::process::Command::new(self.path("node/bin/node"))
             .args(["entry", "gateway", "--port", &self.port.to_string()])
@@ -222,9 +227,32 @@ impl Fake {
 impl Drop for Fake {
     fn drop(&mut self) {
         self.kill_gateway();
-        if let Ok(containers) = Containers::open(&self.name, &self.path("k/run")) {
-            let _ = containers.kill_gateway(Deadline::after(Duration::from_secs(5)));
-            containers.remove();
+        for name in names(&self.path("k/run")).filter_map(|n| Some(n.strip_prefix("containers-")?.to_owned()))
+        {
+            if let Ok(containers) = Containers::open(&name, &self.path("k/run")) {
+                let _ = containers.kill_gateway(Deadline::after(Duration::from_secs(5)));
+                containers.remove();
+            }
+        }
+        remove_cgroups(&format!("koboshi-{}-", self.name));
+    }
+}
+
+fn names(dir: &Path) -> impl Iterator<Item = String> + use<> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|e| e.file_name().to_string_lossy().into_owned())
+}
+
+/// After an uninstall nobody remembers the empty cgroups of a gateway that outlived it.
+fn remove_cgroups(prefix: &str) {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default().to_owned();
+    for mount in ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"] {
+        let home = Path::new(mount).join(&own);
+        for name in names(&home).filter(|n| n.starts_with(prefix)) {
+            for below in ["steps", "gateway", ""] {
+                let _ = std::fs::remove_dir(home.join(&name).join(below));
+            }
         }
     }
 }
@@ -233,8 +261,12 @@ impl Drop for Fake {
 pub fn same(before: &BTreeMap<PathBuf, (u32, Vec<u8>)>, after: &BTreeMap<PathBuf, (u32, Vec<u8>)>) {
     let gone: Vec<_> = before.keys().filter(|p| !after.contains_key(*p)).collect();
     let new: Vec<_> = after.keys().filter(|p| !before.contains_key(*p)).collect();
-    let changed: Vec<_> = before.iter().filter(|(p, v)| after.get(*p).is_some_and(|a| a != *v)).map(|(p, _)| p).collect();
-    assert!(gone.is_empty() && new.is_empty() && changed.is_empty(), "gone {gone:?}, new {new:?}, changed {changed:?}");
+    let changed: Vec<_> =
+        before.iter().filter(|(p, v)| after.get(*p).is_some_and(|a| a != *v)).map(|(p, _)| p).collect();
+    assert!(
+        gone.is_empty() && new.is_empty() && changed.is_empty(),
+        "gone {gone:?}, new {new:?}, changed {changed:?}"
+    );
 }
 
 /// What koboshi said.
@@ -300,7 +332,8 @@ fn lock_file(state: &Path) -> PathBuf {
 /// The gateway, when this program is run as one; an empty test otherwise.
 #[test]
 fn the_gateway_itself() {
-    let (Some(state), Some(port)) = (std::env::var_os(STATE).map(PathBuf::from), std::env::var(PORT).ok()) else {
+    let (Some(state), Some(port)) = (std::env::var_os(STATE).map(PathBuf::from), std::env::var(PORT).ok())
+    else {
         return;
     };
     let port: u16 = port.parse().unwrap();

@@ -43,7 +43,8 @@ fn purge_says_so_and_leaves_nothing_of_koboshi_and_everything_else() {
     fake.koboshi(&["uninstall", "--purge"]).code(0).says("Every snapshot, the key");
     same(&before, &fake.picture(OWN));
     assert_eq!(fake.gateway(), Some(gateway));
-    let left: Vec<_> = fake.picture(&[]).into_keys().filter(|p| p.starts_with(fake.path("k")) && p.is_file()).collect();
+    let left: Vec<_> =
+        fake.picture(&[]).into_keys().filter(|p| p.starts_with(fake.path("k")) && p.is_file()).collect();
     assert_eq!(left, [fake.koboshi_state().join("somebody-elses")]);
 }
 
@@ -60,7 +61,12 @@ fn without_systemd_the_lines_are_printed() {
     assert!(service["dockerfile"].as_str().unwrap().contains("ENTRYPOINT [\"koboshi\""), "{service}");
     assert!(service["cron"].as_str().unwrap().starts_with("@reboot "));
     assert!(service["wsl_conf"].as_str().unwrap().starts_with("[boot]\n"));
-    fake.koboshi(&["install"]).code(0).says("ENTRYPOINT").says("/etc/wsl.conf").says("@reboot").says("stop_grace_period");
+    fake.koboshi(&["install"])
+        .code(0)
+        .says("ENTRYPOINT")
+        .says("/etc/wsl.conf")
+        .says("@reboot")
+        .says("stop_grace_period");
 }
 
 #[test]

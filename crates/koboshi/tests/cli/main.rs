@@ -1,5 +1,7 @@
 //! The command line, as a person or a script meets it: the real binary on a node in a temporary directory.
 
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "all of this is a test")]
+
 mod all;
 mod fake;
 mod gateway;

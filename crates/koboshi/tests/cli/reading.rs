@@ -77,7 +77,9 @@ fn doctor_names_what_is_in_the_way() {
     assert_eq!(code, 1);
     let level = |id: &str| {
         let all = object["findings"].as_array().unwrap();
-        all.iter().find(|f| f["id"] == id).map_or_else(|| "absent".to_owned(), |f| f["level"].as_str().unwrap().to_owned())
+        all.iter()
+            .find(|f| f["id"] == id)
+            .map_or_else(|| "absent".to_owned(), |f| f["level"].as_str().unwrap().to_owned())
     };
     assert_eq!(level("agent"), "blocks");
     assert_eq!(level("snapshot"), "blocks");
@@ -121,7 +123,10 @@ fn closed_incidents_are_listed_and_told() {
     let (object, code) = fake.json(&["incidents", "list"]);
     assert_eq!(code, 0);
     let one = &object["incidents"][0];
-    assert_eq!((&one["id"], &one["outcome"], &one["layer"]), (&json!(12), &json!("recovered"), &json!("restart")));
+    assert_eq!(
+        (&one["id"], &one["outcome"], &one["layer"]),
+        (&json!(12), &json!("recovered"), &json!("restart"))
+    );
     assert_eq!(one["down_ms"], json!(14_000.0));
     fake.koboshi(&["incidents", "show", "12"]).code(0).says("the gateway ended").says("recovered by restart");
     fake.koboshi(&["incidents", "show", "incident-12"]).code(0).says("2026-11-22 10:00:00");

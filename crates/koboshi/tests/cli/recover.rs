@@ -17,7 +17,10 @@ fn a_dry_run_says_what_it_would_do_and_touches_nothing() {
     assert_eq!(code, 1, "{object}");
     let plan = object["plan"].as_array().unwrap();
     let tries = |name: &str| plan.iter().find(|p| p["layer"] == name).unwrap()["would_try"].clone();
-    assert_eq!((tries("restart"), tries("restore"), tries("peer-copy")), (json!(false), json!(true), json!(false)));
+    assert_eq!(
+        (tries("restart"), tries("restore"), tries("peer-copy")),
+        (json!(false), json!(true), json!(false))
+    );
     assert!(object["findings"].to_string().contains("index.js"), "{object}");
     let (object, _) = fake.json(&["recover", "--dry-run", "--only", "restart"]);
     assert!(object["plan"].as_array().unwrap().iter().all(|p| p["would_try"] == false), "{object}");
@@ -39,9 +42,17 @@ fn a_fallen_node_is_put_right_without_an_agent_and_none_is_left_behind() {
     let (object, code) = fake.json(&["recover"]);
     assert_eq!((code, &object["outcome"]), (0, &json!("recovered")), "{object}");
     assert!(fake.gateway().is_some());
-    assert!(std::fs::read_to_string(fake.package().join("dist/index.js")).unwrap().starts_with("// dist/index.js"));
+    assert!(
+        std::fs::read_to_string(fake.package().join("dist/index.js"))
+            .unwrap()
+            .starts_with("// dist/index.js")
+    );
     let (object, _) = fake.json(&["status"]);
-    assert_eq!((&object["agent"]["running"], &object["verdict"]), (&json!(false), &json!("serving")), "{object}");
+    assert_eq!(
+        (&object["agent"]["running"], &object["verdict"]),
+        (&json!(false), &json!("serving")),
+        "{object}"
+    );
 }
 
 #[test]

@@ -22,7 +22,8 @@ fn taken_listed_shown_proven_and_brought_back() {
     fake.koboshi(&["snapshot", "verify", &id]).code(0).says("proven");
 
     let to = fake.path("back");
-    let (object, code) = fake.json(&["snapshot", "restore", &id, "--to", to.to_str().unwrap(), "--class", "workspace"]);
+    let (object, code) =
+        fake.json(&["snapshot", "restore", &id, "--to", to.to_str().unwrap(), "--class", "workspace"]);
     assert_eq!(code, 0, "{object}");
     assert_eq!(object["classes"], json!(["workspace"]));
     assert_eq!(std::fs::read_to_string(to.join("workspace/MEMORY.md")).unwrap(), "remember\n");
@@ -38,7 +39,9 @@ fn a_restore_never_goes_into_what_is_in_use() {
         let said = fake.koboshi(&["snapshot", "restore", "1", "--to", to.to_str().unwrap()]);
         said.code(2).says("fix:");
     }
-    fake.koboshi(&["snapshot", "restore", "1", "--to", "/x", "--class", "everything"]).code(2).says("one of program");
+    fake.koboshi(&["snapshot", "restore", "1", "--to", "/x", "--class", "everything"])
+        .code(2)
+        .says("one of program");
     same(&before, &fake.picture(&[]));
 }
 
@@ -95,7 +98,11 @@ fn pruning_keeps_the_newest() {
     }
     let (object, code) = fake.json(&["snapshot", "prune", "--limit", "1"]);
     assert_eq!(code, 0, "{object}");
-    assert_eq!((object["removed"].as_array().unwrap().len(), &object["over_limit"]), (2, &json!(true)), "{object}");
+    assert_eq!(
+        (object["removed"].as_array().unwrap().len(), &object["over_limit"]),
+        (2, &json!(true)),
+        "{object}"
+    );
     let (object, _) = fake.json(&["snapshot", "list"]);
     assert_eq!(object["snapshots"].as_array().unwrap().len(), 1);
 }

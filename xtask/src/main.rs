@@ -10,6 +10,7 @@
 mod bench;
 mod checks;
 mod demo;
+mod field;
 mod needs;
 mod proc;
 mod run;
@@ -23,6 +24,7 @@ const USAGE: &str = "\
 cargo xtask check                  format, clippy, tidy, unit tests, 20,000 simulated schedules
 cargo xtask tidy                   only what needs no build: paths, leftovers, order of crates, module headers
 cargo xtask test [--full]          what CI runs: check, crash images, root-only tests, the demo on the real program
+cargo xtask field [NAME]...        only the field tests: agents, owner's will, strangers, beside one real node (root)
 cargo xtask bench agent [--minutes N]      the agent at rest: memory, processor, start (default 30 minutes)
 cargo xtask bench recovery [--rounds N]    each fault against a bare cold start (default 5 interleaved pairs)
 ";
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
         }
         ["test"] => test(false),
         ["test", "--full"] => test(true),
+        ["field", only @ ..] => field::alone(&root(), only),
+        // What the field tests bring along as somebody else's process.
+        ["stranger"] => done(field::stranger(None)),
+        ["stranger", port] => done(port.parse().is_ok_and(|port| field::stranger(Some(port)))),
         ["bench", "agent", rest @ ..] => match option(rest, "--minutes", 30) {
             Some(minutes) => bench::agent(&root(), minutes),
             None => usage(2),
@@ -60,6 +66,10 @@ fn main() -> ExitCode {
         ["help" | "--help" | "-h"] => usage(0),
         _ => usage(2),
     }
+}
+
+fn done(well: bool) -> ExitCode {
+    if well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// The repository: where this crate was built from.
@@ -98,8 +108,10 @@ fn test(full: bool) -> ExitCode {
         checks::cli_is_documented(&root, &["build", "--release"], "target/release/koboshi", &mut tally);
     if built {
         demo::run_rounds(&root, if full { 5 } else { 1 }, &mut tally);
+        field::run(&root, &[], &mut tally);
     } else {
         tally.skip("demo", "there is no release binary to run it with");
+        tally.skip("field", "there is no release binary to run it with");
     }
     tally.close()
 }

@@ -8,13 +8,15 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Id {
     pub(crate) pid: u32,
-    start_ticks: u64,
+    pub(crate) start_ticks: u64,
 }
 
 /// The fields of `/proc/PID/stat` that are used here, times in clock ticks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stat {
     pub(crate) id: Id,
+    /// One letter; `Z` is a dead one that nobody has reaped.
+    pub(crate) state: char,
     pub(crate) ppid: u32,
     /// Own user and system time.
     pub(crate) own_ticks: u64,
@@ -32,6 +34,7 @@ pub(crate) fn stat(pid: u32) -> Option<Stat> {
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
     Some(Stat {
         id: Id { pid, start_ticks: number(22)? },
+        state: fields.first()?.chars().next()?,
         ppid: u32::try_from(number(4)?).ok()?,
         own_ticks: number(14)? + number(15)?,
         children_ticks: number(16)? + number(17)?,
@@ -41,6 +44,11 @@ pub(crate) fn stat(pid: u32) -> Option<Stat> {
 
 pub(crate) fn alive(id: Id) -> bool {
     stat(id.pid).is_some_and(|s| s.id == id)
+}
+
+/// The same, and it is no corpse that waits to be reaped.
+pub(crate) fn runs(id: Id) -> bool {
+    stat(id.pid).is_some_and(|s| s.id == id && !matches!(s.state, 'Z' | 'X'))
 }
 
 fn all() -> Vec<Stat> {

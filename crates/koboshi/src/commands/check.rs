@@ -19,7 +19,8 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     if judgement.verdict.is_serving() && judgement.confidence == Confidence::Http {
         p.line("  judged by ownership and HTTP only: koboshi doctor says why");
     }
-    for finding in &judgement.findings {
+    let why = verdict_why(&judgement.verdict).unwrap_or_default();
+    for finding in judgement.findings.iter().filter(|f| !why.contains(&f.what)) {
         p.line(format!("  {}", finding.what));
     }
     p.object(json(&node, &judgement).put("took_ms", took_ms as f64).done());

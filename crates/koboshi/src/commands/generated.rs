@@ -50,3 +50,36 @@ fn pages(command: &clap::Command, dir: &Path, files: &mut Vec<String>) -> Result
     files.push(name);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REFERENCE: &str = include_str!("../../../../docs/cli.md");
+
+    /// Every command and option of the definition, as it is typed.
+    fn names(command: &clap::Command, path: &str, all: &mut Vec<String>) {
+        for argument in command.get_arguments().filter(|a| !a.is_hide_set()) {
+            all.extend(argument.get_long().filter(|l| !["help", "version"].contains(l)).map(|l| format!("--{l}")));
+        }
+        for sub in command.get_subcommands().filter(|s| !s.is_hide_set() && s.get_name() != "help") {
+            let path = format!("{path} {}", sub.get_name());
+            if sub.get_subcommands().next().is_none() {
+                all.push(path.clone());
+            }
+            names(sub, &path, all);
+        }
+    }
+
+    #[test]
+    fn the_reference_names_every_command_and_option() {
+        let mut root = Cli::command();
+        root.build();
+        let mut all = Vec::new();
+        names(&root, NAME, &mut all);
+        assert!(all.contains(&"koboshi snapshot restore".to_owned()) && all.contains(&"--dry-run".to_owned()));
+        let named = |n: &String| [format!("{n} "), format!("{n}`")].iter().any(|n| REFERENCE.contains(n));
+        let missing: Vec<&String> = all.iter().filter(|n| !named(n)).collect();
+        assert!(missing.is_empty(), "docs/cli.md lacks {missing:?}");
+    }
+}

@@ -76,6 +76,7 @@ pub(super) fn run(cli: &Cli, options: &Install, printer: Printer) -> Result<Exit
     tell(&desk, &plan, &layers)?;
     let base = json(&desk, &plan, &layers)?;
     if options.dry_run {
+        print_lines(&desk, &plan);
         printer.line("");
         printer.line("Nothing was written (--dry-run).");
         printer.object(base.put("dry_run", true).put("installed", false).done());
@@ -469,9 +470,21 @@ fn start_unit(desk: &Desk, unit: &OwnUnit, text: &str, write: bool, linger: Opti
 
 fn finish(desk: &Desk, plan: &Plan, done: &Done) {
     let p = desk.printer;
+    print_lines(desk, plan);
+    p.line("");
+    if !done.verdict.is_serving() {
+        p.line("The node does not serve now: koboshi recover puts it right.");
+    }
+    let agent = if done.started { "koboshi status shows what it does; " } else { "" };
+    p.line(format!("{agent}koboshi doctor says what would still keep a recovery from working."));
+}
+
+/// What a person puts where, on a machine without systemd.
+fn print_lines(desk: &Desk, plan: &Plan) {
+    let p = desk.printer;
     if let Service::Lines(lines) = &plan.service {
         p.line("");
-        p.line("There is no systemd here, so no service was written. Have the agent run by one of these:");
+        p.line("There is no systemd here, so there is no service to write. Have the agent run by one of these:");
         for (place, text) in [
             ("Dockerfile", &lines.dockerfile),
             ("compose file, in the node's service", &lines.compose),
@@ -485,12 +498,6 @@ fn finish(desk: &Desk, plan: &Plan, done: &Done) {
         }
         p.line("  or now, in the foreground: koboshi guard");
     }
-    p.line("");
-    if !done.verdict.is_serving() {
-        p.line("The node does not serve now: koboshi recover puts it right.");
-    }
-    let agent = if done.started { "koboshi status shows what it does; " } else { "" };
-    p.line(format!("{agent}koboshi doctor says what would still keep a recovery from working."));
 }
 
 #[cfg(test)]

@@ -58,8 +58,8 @@ pub(super) fn layers(node: &Node, disk: &Disk) -> Vec<Readiness> {
         (Some(_), None, Some(reason)) => Err(reason.to_owned()),
         (Some(id), None, None) => Ok(format!("from snapshot {id}")),
     };
-    Layer::CLIMB
-        .into_iter()
+    std::iter::once(Layer::InPlace)
+        .chain(Layer::CLIMB)
         .map(|layer| {
             let state = match layer {
                 Layer::Restart => restart.clone(),

@@ -82,6 +82,10 @@ impl Agent {
     /// Opens an incident, unless one is open.
     pub(super) fn open(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
         let now = clock::now();
+        if self.hands_off().is_some_and(|why| self.book.state().left_alone(&why)) {
+            // Told once already; an agent that was started anew does not tell it again.
+            return;
+        }
         let Some(record) = self.book.state().open(now, kind, cause, findings) else {
             return;
         };
@@ -191,15 +195,24 @@ impl Agent {
                 self.exam.as_ref().is_some_and(|e| matches!(e.need, Need::Nothing | Need::Later))
             }
         };
-        let said = incident.word.as_ref().is_some_and(|word| {
-            std::mem::discriminant(&word.verdict) == std::mem::discriminant(&judgement.verdict)
+        let now = clock::now();
+        let verdict = &judgement.verdict;
+        let before = incident.word.as_ref();
+        let same_kind = before.is_some_and(|word| {
+            std::mem::discriminant(&word.verdict) == std::mem::discriminant(verdict)
                 && word.confirmed == confirmed
                 && word.clean == clean
-                && degraded(&word.verdict) == degraded(&judgement.verdict)
         });
-        if !said {
-            let verdict = judgement.verdict.clone();
-            self.write(Record::new(clock::now(), Event::Judged { verdict, confirmed, clean }));
+        // A node that stays down says so in ever new words ("for 12 s", "for 14 s"); only the first is news.
+        let down_still = same_kind && matches!(verdict, Verdict::NotServing { .. });
+        let news = if confirmed {
+            !down_still && self.book.state().wants_word(now, verdict, confirmed, clean)
+        } else {
+            !same_kind && (self.doing.judging() || before.is_none())
+        };
+        if news {
+            let verdict = verdict.clone();
+            self.write(Record::new(now, Event::Judged { verdict, confirmed, clean }));
             self.doing = Doing::Nothing;
         }
     }
@@ -562,13 +575,6 @@ impl Agent {
             gates::Gate::Open => Ok(()),
             gates::Gate::Closed(why) => Err(why),
         }
-    }
-}
-
-fn degraded(verdict: &Verdict) -> Option<&[String]> {
-    match verdict {
-        Verdict::Serving { degraded } => Some(degraded),
-        Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => None,
     }
 }
 

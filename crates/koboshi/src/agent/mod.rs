@@ -195,6 +195,9 @@ impl Agent {
             manager,
             strength(&self.runner.containers.strength()),
         ));
+        if let Some(record) = self.book.state().wake(clock::now()) {
+            self.write(record);
+        }
         // A dead agent may have held the unit down; its undo is ours.
         if let Err(e) = self.service.manager().release(Deadline::after(MANAGER_LIMIT)) {
             self.say(&e.to_string());

@@ -495,7 +495,7 @@ impl Judge {
         if let Some(seen) = self.read_readiness(&look.ready, starting, &mut degraded) {
             return seen;
         }
-        if let Some(seen) = self.read_hello(look, &mut degraded, findings) {
+        if let Some(seen) = self.read_hello(look, findings) {
             return seen;
         }
         if let Some(seen) = self.read_identity(look, findings) {
@@ -533,12 +533,7 @@ impl Judge {
         }
     }
 
-    fn read_hello(
-        &self,
-        look: &Look,
-        degraded: &mut Vec<String>,
-        findings: &mut Vec<Finding>,
-    ) -> Option<Seen> {
+    fn read_hello(&self, look: &Look, findings: &mut Vec<Finding>) -> Option<Seen> {
         let (_, _, result) = self.hello.as_ref()?;
         match result {
             HelloResult::Ok(hello) => {
@@ -562,10 +557,8 @@ impl Judge {
                     None,
                 ))
             }
-            HelloResult::NoToken => {
-                degraded.push("there is no usable token: judged by ownership and HTTP only".into());
-                None
-            }
+            // Said by the confidence. It is not less than whole: an incident must be able to close without a token.
+            HelloResult::NoToken => None,
             HelloResult::NotYet { why } => {
                 Some(bad(Reason::Starting, format!("the WebSocket says it is not ready: {why}"), None))
             }

@@ -49,8 +49,10 @@ pub fn tell<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<Told> {
     let mut open = false;
     let mut last: Option<Moment> = None;
     for record in records {
-        let ran_ms = last.and_then(|last| record.at.since_ms(last)).unwrap_or(0);
+        let since_last_ms = last.and_then(|last| record.at.since_ms(last)).unwrap_or(0);
         last = Some(record.at);
+        // An incident's time begins with its opening, however long ago the record before it was written.
+        let ran_ms = if matches!(record.event, Event::Opened { .. }) { 0 } else { since_last_ms };
         match &record.event {
             Event::Opened { incident, kind, cause, .. } => {
                 open = true;
@@ -216,5 +218,30 @@ fn ended(how: &How) -> String {
         How::SpawnFailed { why } => format!("could not be spawned: {why}"),
         How::Stopped => "was stopped".to_owned(),
         How::Vanished => "vanished with its agent".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_incident_is_told_from_its_opening_whatever_was_written_before() {
+        let at = |ms| Moment { boot: 1, ms };
+        let opened = Event::Opened {
+            incident: 1,
+            kind: IncidentKind::Outage,
+            cause: "it fell".into(),
+            findings: Vec::new(),
+        };
+        let records = [
+            Record::new(at(1_000), Event::StartSeen { by: "the owner".into() }),
+            Record::new(at(50_000), opened),
+            Record::new(at(53_000), Event::Recovered { layer: Some(Layer::Restart), from_emergency: false }),
+        ];
+        let told = tell(&records);
+        assert_eq!(told.len(), 1);
+        assert_eq!(told[0].lines.iter().map(|l| l.after_ms).collect::<Vec<_>>(), [0, 3_000]);
+        assert_eq!((told[0].took_ms, told[0].outcome), (3_000, Some(Outcome::Recovered)));
     }
 }

@@ -96,6 +96,9 @@ pub struct Agent {
     told_left_alone: bool,
     first_good: Option<Moment>,
     published: Option<(Moment, Status)>,
+    /// Orders may be waiting: some lay there before this agent began, and a watched directory says when more come.
+    ordered: bool,
+    me: ProcessId,
     ending: bool,
 }
 
@@ -168,6 +171,8 @@ impl Agent {
             told_left_alone: false,
             first_good: None,
             published: None,
+            ordered: true,
+            me: ProcessId::current()?,
             ending: false,
             config,
             places,
@@ -254,7 +259,9 @@ impl Agent {
         while !self.ending {
             self.take_probe();
             self.take_files();
-            self.take_orders();
+            if std::mem::take(&mut self.ordered) {
+                self.take_orders();
+            }
             self.take_jobs();
             self.drive();
             self.due_looks();
@@ -516,6 +523,7 @@ impl Agent {
             return;
         }
         let now = clock::now();
+        self.ordered |= events.iter().any(|e| e.key == "orders");
         if events.iter().any(|e| e.key == "will") {
             self.read_will();
         }
@@ -709,8 +717,7 @@ impl Agent {
         let state = self.book.state();
         let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
         Status {
-            agent: host::process::ProcessId::current()
-                .unwrap_or(host::process::ProcessId { pid: std::process::id(), start_ticks: 0 }),
+            agent: self.me,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             at: now,
             mode: match self.config.mode {

@@ -60,7 +60,9 @@ mod tests {
     /// Every command and option of the definition, as it is typed.
     fn names(command: &clap::Command, path: &str, all: &mut Vec<String>) {
         for argument in command.get_arguments().filter(|a| !a.is_hide_set()) {
-            all.extend(argument.get_long().filter(|l| !["help", "version"].contains(l)).map(|l| format!("--{l}")));
+            all.extend(
+                argument.get_long().filter(|l| !["help", "version"].contains(l)).map(|l| format!("--{l}")),
+            );
         }
         for sub in command.get_subcommands().filter(|s| !s.is_hide_set() && s.get_name() != "help") {
             let path = format!("{path} {}", sub.get_name());
@@ -77,7 +79,9 @@ mod tests {
         root.build();
         let mut all = Vec::new();
         names(&root, NAME, &mut all);
-        assert!(all.contains(&"koboshi snapshot restore".to_owned()) && all.contains(&"--dry-run".to_owned()));
+        assert!(
+            all.contains(&"koboshi snapshot restore".to_owned()) && all.contains(&"--dry-run".to_owned())
+        );
         let named = |n: &String| [format!("{n} "), format!("{n}`")].iter().any(|n| REFERENCE.contains(n));
         let missing: Vec<&String> = all.iter().filter(|n| !named(n)).collect();
         assert!(missing.is_empty(), "docs/cli.md lacks {missing:?}");

@@ -226,6 +226,8 @@ fn lines(desk: &Desk, exe: &Path) -> Lines {
     let config = desk.places.config_file.display();
     let exe = exe.display();
     let state = desk.places.state_dir.display();
+    // The key lies beside the configuration: a container that is made anew without it could not read its snapshots.
+    let config_dir = desk.places.config_file.parent().unwrap_or(Path::new("/etc/koboshi")).display();
     let default = desk.places.config_file == Path::new("/etc/koboshi/koboshi.toml");
     let args = if default { String::new() } else { format!("\"--config\", \"{config}\", ") };
     let words = if default { String::new() } else { format!(" --config {config}") };
@@ -233,7 +235,7 @@ fn lines(desk: &Desk, exe: &Path) -> Lines {
         dockerfile: format!("COPY koboshi /usr/local/bin/koboshi\nENTRYPOINT [\"koboshi\", {args}\"guard\"]"),
         compose: format!(
             "entrypoint: [\"koboshi\", {args}\"guard\"]\nrestart: unless-stopped\nstop_grace_period: 340s\n\
-             volumes: [\"koboshi-state:{state}\"]"
+             volumes: [\"koboshi-state:{state}\", \"koboshi-config:{config_dir}\"]"
         ),
         wsl: format!("[boot]\ncommand = setsid --fork {exe}{words} guard"),
         cron: format!("@reboot {exe}{words} guard >>{state}/agent.log 2>&1"),
@@ -484,7 +486,9 @@ fn print_lines(desk: &Desk, plan: &Plan) {
     let p = desk.printer;
     if let Service::Lines(lines) = &plan.service {
         p.line("");
-        p.line("There is no systemd here, so there is no service to write. Have the agent run by one of these:");
+        p.line(
+            "There is no systemd here, so there is no service to write. Have the agent run by one of these:",
+        );
         for (place, text) in [
             ("Dockerfile", &lines.dockerfile),
             ("compose file, in the node's service", &lines.compose),

@@ -16,7 +16,7 @@ use crate::control::{self, Order};
 use crate::print::{Exit, duration};
 use crate::step::{self, Answer, Work};
 use engine::state::{HoldKind, Stage};
-use engine::{Ladder, Layer, Outcome, Rung, Verdict};
+use engine::{Ladder, Layer, Outcome, Rung, State, Verdict};
 use host::clock::{self, Deadline};
 use host::process::{PidFd, ProcessId};
 use host::{Context, Error, Kind, Result};
@@ -35,6 +35,8 @@ const ORDER_LIMIT: Duration = Duration::from_secs(30);
 const FOLLOW_LIMIT: Duration = Duration::from_secs(1_530);
 /// A node that serves gets this long to show damage that the agent then takes up.
 const QUIET: Duration = Duration::from_secs(15);
+/// Incidents that one recovery follows: an outage, and the damage that it leaves to be repaired in place.
+const MAX_INCIDENTS: usize = 3;
 /// Between two looks at the journal.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Messages about the incident get this long to leave before the agent of this one recovery ends.
@@ -83,7 +85,7 @@ pub(super) fn run(desk: &Desk, options: &Recover) -> Result<Exit> {
             took_ms: 0,
             words: "it serves and its disk is whole: there is nothing to put right".to_owned(),
         },
-        None => by_agent(desk)?,
+        None => by_agent(desk, &node)?,
     };
     let took_ms = clock::now().since_ms(began).unwrap_or(0).max(done.took_ms);
     tell(desk, &node, &done, took_ms);
@@ -176,11 +178,13 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
     }
     let in_place = serving && matches!(exam.need, Need::InPlace | Need::Later);
     let planned = engine::preview(&Ladder::new(readiness::rungs(&ready)));
+    let idle = exam.need == Need::Nothing && !matches!(seen.verdict, Verdict::NotServing { .. });
+    let climbs = !in_place && !idle;
     let would = if serving && exam.need == Need::Nothing {
-        "nothing: it serves and its disk is whole".to_owned()
+        "do nothing: it serves and its disk is whole".to_owned()
     } else if in_place {
         "repair in place, without a restart".to_owned()
-    } else if matches!(seen.verdict, Verdict::Inconclusive { .. }) && exam.need == Need::Nothing {
+    } else if idle {
         "wait: what was seen is not conclusive, and nothing is touched while it is not".to_owned()
     } else {
         "climb the ladder until the judge confirms that it serves".to_owned()
@@ -193,7 +197,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         }
     }
     p.line(format!("It would {would}."));
-    for plan in planned.iter().filter(|_| !in_place) {
+    for plan in planned.iter().filter(|_| climbs) {
         let name = format!("{:14}", plan.layer.name());
         match (&plan.passed, ready.iter().find(|r| r.layer == plan.layer).map(|r| &r.state)) {
             (Some(why), _) => p.line(format!("  {name} pass: {why}")),
@@ -213,7 +217,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         .map(|plan| {
             Fields::default()
                 .put("layer", plan.layer.name())
-                .put("would_try", plan.passed.is_none() && !in_place)
+                .put("would_try", plan.passed.is_none() && climbs)
                 .maybe("passed", plan.passed.clone())
                 .put("work_ms", plan.work_ms as f64)
                 .put("end_ms", plan.end_ms as f64)
@@ -237,7 +241,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
 
 // ---- by the agent ----
 
-fn by_agent(desk: &Desk) -> Result<Done> {
+fn by_agent(desk: &Desk, node: &Node) -> Result<Done> {
     let before = desk.book()?.0;
     let already_open = before.incident.as_ref().map(|i| i.id);
     let own = match desk.agent() {
@@ -247,7 +251,7 @@ fn by_agent(desk: &Desk) -> Result<Done> {
             Some(Temporary::start(desk)?)
         }
     };
-    let result = ask_and_follow(desk, already_open, before.incidents);
+    let result = until_whole(desk, node, already_open, &before);
     if let Some(own) = own {
         own.end(desk);
         desk.printer
@@ -256,23 +260,50 @@ fn by_agent(desk: &Desk) -> Result<Done> {
     result
 }
 
-fn ask_and_follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
-    if open.is_none() {
-        let said = control::give(&desk.places, &Order::Recover, ORDER_LIMIT)?;
-        desk.printer.note(format!("agent: {said}"));
+/// One incident after the other, while one that is over leaves damage behind that is another's business.
+fn until_whole(desk: &Desk, node: &Node, open: Option<u64>, before: &State) -> Result<Done> {
+    let mut done = ask_and_follow(desk, open, before)?;
+    for _ in 1..MAX_INCIDENTS {
+        let over = matches!(done.outcome, Outcome::Recovered);
+        if !over || matches!(examine(desk, node, Care::Quick)?.need, Need::Nothing | Need::Later) {
+            break;
+        }
+        let again = ask_and_follow(desk, None, &desk.book()?.0)?;
+        done = Done {
+            down_ms: done.down_ms.saturating_add(again.down_ms),
+            took_ms: done.took_ms.saturating_add(again.took_ms),
+            incident: again.incident.or(done.incident),
+            layer: again.layer.or(done.layer),
+            ..again
+        };
     }
+    Ok(done)
+}
+
+fn ask_and_follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
+    let said = control::give(&desk.places, &Order::Recover, ORDER_LIMIT)?;
+    desk.printer.note(format!("agent: {said}"));
     follow(desk, open, before)
 }
 
+/// What an incident holds for, and since when; a hold that was there before anything was asked for is no answer.
+fn held(state: &State) -> Option<(u64, u64)> {
+    match &state.incident.as_ref()?.stage {
+        Stage::Fresh | Stage::Climbing(_) => None,
+        Stage::Holding(hold) => Some((state.incident.as_ref()?.id, hold.since_ms)),
+    }
+}
+
 /// Tells the incident as it is journaled, until it is over.
-fn follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
+fn follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
+    let old = held(before);
     let began = clock::now();
     let deadline = Deadline::after(FOLLOW_LIMIT);
     let mut told = 0;
     loop {
         let (state, records) = desk.book()?;
         let number = state.incident.as_ref().map(|i| i.id).or(open);
-        let id = number.or_else(|| (state.incidents > before).then_some(state.incidents));
+        let id = number.or_else(|| (state.incidents > before.incidents).then_some(state.incidents));
         if let Some(id) = id
             && let Some(one) = engine::summary::tell(&records).into_iter().rfind(|t| t.id == id)
         {
@@ -281,11 +312,13 @@ fn follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
             }
             told = one.lines.len().max(told);
         }
-        if let (Some(id), Some(done)) = (id, over(desk, &state)?) {
+        let waited = clock::now().since_ms(began).unwrap_or(0);
+        let quiet = Duration::from_millis(waited) >= QUIET;
+        let new = quiet || old.is_none() || held(&state) != old;
+        if let (Some(id), true, Some(done)) = (id, new, over(desk, &state)?) {
             return Ok(Done { incident: Some(id), ..done });
         }
-        let waited = clock::now().since_ms(began).unwrap_or(0);
-        if id.is_none() && Duration::from_millis(waited) >= QUIET {
+        if id.is_none() && quiet {
             let status = desk.status().filter(|s| s.verdict.is_serving() && s.confirmed);
             if status.is_some() {
                 return Ok(Done {
@@ -311,7 +344,7 @@ fn follow(desk: &Desk, open: Option<u64>, before: u64) -> Result<Done> {
 }
 
 /// Whether the incident that was open or opened is over, or holds.
-fn over(desk: &Desk, state: &engine::State) -> Result<Option<Done>> {
+fn over(desk: &Desk, state: &State) -> Result<Option<Done>> {
     let none =
         |outcome, words: String| Done { outcome, layer: None, incident: None, down_ms: 0, took_ms: 0, words };
     let Some(incident) = &state.incident else {

@@ -172,7 +172,13 @@ mod tests {
                 "{text}"
             );
             assert!(text.contains(&format!("\nWantedBy={target}\n")));
-            for line in ["Restart=always", "KillMode=process", "Delegate=yes", "StartLimitIntervalSec=0"] {
+            for line in [
+                "Type=notify",
+                "Restart=always",
+                "KillMode=process",
+                "Delegate=yes",
+                "StartLimitIntervalSec=0",
+            ] {
                 assert!(text.lines().any(|l| l == line), "{line} is missing");
             }
             assert_eq!(text.matches("ExecStart=").count(), 1);

@@ -37,6 +37,8 @@ const FOLLOW_LIMIT: Duration = Duration::from_secs(1_530);
 const QUIET: Duration = Duration::from_secs(15);
 /// Incidents that one recovery follows: an outage, and the damage that it leaves to be repaired in place.
 const MAX_INCIDENTS: usize = 3;
+/// The agent writes the file of a closed incident within this; a full disk may keep it from that, in milliseconds.
+const FILED_MS: u64 = 2_000;
 /// Between two looks at the journal.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Messages about the incident get this long to leave before the agent of this one recovery ends.
@@ -299,26 +301,32 @@ fn follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
     let old = held(before);
     let began = clock::now();
     let deadline = Deadline::after(FOLLOW_LIMIT);
-    let mut told = 0;
+    let mut told = (0, 0);
+    let mut closed_at = None;
     loop {
         let (state, records) = desk.book()?;
-        let number = state.incident.as_ref().map(|i| i.id).or(open);
-        let id = number.or_else(|| (state.incidents > before.incidents).then_some(state.incidents));
-        if let Some(id) = id
+        let number = incident_now(&state, open, before);
+        if let Some(id) = number
             && let Some(one) = engine::summary::tell(&records).into_iter().rfind(|t| t.id == id)
         {
-            for line in one.lines.iter().skip(told) {
+            let from = if told.0 == id { told.1 } else { 0 };
+            for line in one.lines.iter().skip(from) {
                 desk.printer.note(format!("  +{:>10}  {}", duration(line.after_ms), line.what));
             }
-            told = one.lines.len().max(told);
+            told = (id, one.lines.len());
         }
         let waited = clock::now().since_ms(began).unwrap_or(0);
         let quiet = Duration::from_millis(waited) >= QUIET;
         let new = quiet || old.is_none() || held(&state) != old;
-        if let (Some(id), true, Some(done)) = (id, new, over(desk, &state)?) {
-            return Ok(Done { incident: Some(id), ..done });
+        if let (Some(id), true, Some(done)) = (number, new, over(desk, &state)?) {
+            // The agent files an incident right after it has closed it; the file knows more than the journal.
+            let at = *closed_at.get_or_insert(clock::now());
+            let filed = state.incident.is_some() || desk.closed_incidents()?.contains(&id);
+            if filed || clock::now().since_ms(at).is_none_or(|ms| ms > FILED_MS) {
+                return Ok(Done { incident: Some(id), ..done });
+            }
         }
-        if id.is_none() && quiet {
+        if number.is_none() && quiet {
             let status = desk.status().filter(|s| s.verdict.is_serving() && s.confirmed);
             if status.is_some() {
                 return Ok(Done {
@@ -341,6 +349,14 @@ fn follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
         }
         std::thread::sleep(LOOK_AGAIN);
     }
+}
+
+/// The incident that is open now, else the last one that was open or opened since.
+fn incident_now(state: &State, open: Option<u64>, before: &State) -> Option<u64> {
+    let open_now = state.incident.as_ref().map(|i| i.id);
+    let closed = state.closed.as_ref().map(|c| c.id);
+    let first = open.unwrap_or(before.incidents.saturating_add(1));
+    open_now.or(closed).filter(|id| *id >= first).or(open_now)
 }
 
 /// Whether the incident that was open or opened is over, or holds.

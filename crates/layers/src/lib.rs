@@ -21,8 +21,9 @@ use store::{Plan, Store};
 
 /// How long a gateway that still answers gets to end by itself before its container is killed.
 pub const GRACE: Duration = Duration::from_secs(10);
-/// The same for one that does not answer: it will not read the signal either.
-pub const GRACE_HUNG: Duration = Duration::from_secs(3);
+/// The same for one that does not answer: Node reads signals on the event loop, and that loop has been dead for as long
+/// as the judge's limits say. What is left to wait for is a handler outside of it, which needs milliseconds.
+pub const GRACE_HUNG: Duration = Duration::from_secs(1);
 
 /// What a layer's work is done with.
 pub struct Bench<'a> {

@@ -270,6 +270,7 @@ impl Agent {
         let need = exam.need;
         let findings = exam.findings.clone();
         self.exam = Some(exam);
+        self.exam_taken = Some((now, Care::Quick));
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
@@ -533,6 +534,7 @@ impl Agent {
         match self.runner.run("job-examine", Work::Examine { care }, &self.node, Some(&baseline), LIMIT) {
             Ok(Answer::Examined(exam)) => {
                 self.exam = Some((*exam).clone());
+                self.exam_taken = Some((clock::now(), care));
                 Some(*exam)
             }
             Ok(Answer::Failed { what, why }) => {

@@ -445,7 +445,8 @@ impl Agent {
             }
         }
         let care = if layer == Layer::InPlace { Care::Quick } else { Care::Down };
-        let Some(exam) = self.examine_now(care) else {
+        let looked = if layer == Layer::Restart { self.fresh_exam() } else { None };
+        let Some(exam) = looked.or_else(|| self.examine_now(care)) else {
             return nothing("the disk could not be looked at in time".to_owned());
         };
         self.noticed(exam.findings.clone());
@@ -458,6 +459,15 @@ impl Agent {
                 nothing(format!("the disk is not whole: {still}"))
             }
         }
+    }
+
+    /// The look that the climb began with: layer 0 touches nothing on disk, so a moment later it still holds.
+    fn fresh_exam(&self) -> Option<Examination> {
+        /// Stopping takes seconds; a look older than this is taken again.
+        const FRESH_MS: u64 = 20_000;
+        let (at, care) = self.exam_taken?;
+        let fresh = clock::now().since_ms(at).is_some_and(|ms| ms < FRESH_MS);
+        self.exam.clone().filter(|_| fresh && care == Care::Down)
     }
 
     /// A start that failed is a reason to look again, at every byte: what it said and what a stat sweep cannot see.

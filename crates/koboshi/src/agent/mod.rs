@@ -33,7 +33,7 @@ use host::process::{PidFd, ProcessId};
 use host::signals::{Got, Signals};
 use host::watch::Watch;
 use host::{Error, Kind, Result};
-use layers::Examination;
+use layers::{Care, Examination};
 use node::probe::ServiceLook;
 use node::{Judge, Judgement, Node, Want};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -80,6 +80,8 @@ pub struct Agent {
     gateway: Option<PidFd>,
     serving_since: Option<Moment>,
     exam: Option<Examination>,
+    /// When it was taken, and how closely.
+    exam_taken: Option<(Moment, Care)>,
     /// A look at the disk is due at this moment: a watched file changed.
     exam_due: Option<Moment>,
     service_look: Option<(Moment, ServiceLook)>,
@@ -159,6 +161,7 @@ impl Agent {
             gateway: None,
             serving_since: None,
             exam: None,
+            exam_taken: None,
             exam_due: Some(now),
             service_look: None,
             updating: None,

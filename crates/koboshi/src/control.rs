@@ -103,3 +103,49 @@ pub fn give(places: &Places, order: &Order, limit: Duration) -> Result<String> {
     Err(Error::new(Kind::TimedOut, "have the agent do it", format!("no reply after {} s", limit.as_secs()))
         .hint("koboshi status shows what the agent is doing"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn an_order_is_obeyed_once_and_its_reply_reaches_who_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            state_dir: Some(dir.path().join("state")),
+            run_dir: Some(dir.path().join("run")),
+            ..Config::default()
+        };
+        let places = Places::new(dir.path().join("koboshi.toml"), &config).unwrap();
+        places.make().unwrap();
+        let asked = places.clone();
+        let person = std::thread::spawn(move || give(&asked, &Order::Start, Duration::from_secs(20)));
+        let order = loop {
+            if let Some(order) = waiting(&places).pop() {
+                break order;
+            }
+            std::thread::yield_now();
+        };
+        assert_eq!(order.1, Order::Start);
+        assert!(waiting(&places).is_empty());
+        answer(&places, &order.0, &Reply { done: Some("yes".into()), error: None }).unwrap();
+        assert_eq!(person.join().unwrap().unwrap(), "yes");
+        assert_eq!(std::fs::read_dir(places.orders()).unwrap().count(), 0, "nothing is left behind");
+    }
+
+    #[test]
+    fn nobody_there_is_one_clear_error_and_leaves_no_order_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            state_dir: Some(dir.path().join("state")),
+            run_dir: Some(dir.path().join("run")),
+            ..Config::default()
+        };
+        let places = Places::new(dir.path().join("koboshi.toml"), &config).unwrap();
+        places.make().unwrap();
+        let e = give(&places, &Order::Accept, Duration::from_millis(120)).unwrap_err();
+        assert_eq!(e.kind, Kind::TimedOut);
+        assert!(waiting(&places).is_empty());
+    }
+}

@@ -263,3 +263,74 @@ fn cpu_ms() -> f64 {
     let t = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     t.tv_sec as f64 * 1000.0 + t.tv_nsec as f64 / 1_000_000.0
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::disallowed_methods, reason = "a file is dated by the wall clock")]
+    use super::*;
+    use std::path::Path;
+
+    fn node(dir: &Path) -> Node {
+        let state = dir.join("state");
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::write(state.join("openclaw.json"), "{").unwrap();
+        serde_json::from_value(serde_json::json!({
+            "name": "t", "prefix": dir, "package_dir": dir.join("p"), "entry": dir.join("p/dist/index.js"),
+            "node_bin": dir.join("node"), "home": dir, "state_dir": state,
+            "config_path": state.join("openclaw.json"), "port": 1,
+            "ids": host::run::Ids::current(), "user": "t"
+        }))
+        .unwrap()
+    }
+
+    fn finding(kind: FaultKind, class: Class) -> Finding {
+        Finding { kind, class: Some(class), what: String::new(), evidence: Vec::new() }
+    }
+
+    #[test]
+    fn a_config_in_somebodys_editor_is_left_for_a_minute() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let broken = finding(FaultKind::ConfigBroken, Class::Config);
+        assert_eq!(need(&node, &broken), Need::Later);
+        let old = std::time::SystemTime::now() - std::time::Duration::from_secs(61);
+        std::fs::File::options().write(true).open(&node.config_path).unwrap().set_modified(old).unwrap();
+        assert_eq!(need(&node, &broken), Need::InPlace);
+    }
+
+    #[test]
+    fn what_the_gateway_holds_open_needs_an_interruption_and_the_rest_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        for (kind, class, expected) in [
+            (FaultKind::FilesDamaged, Class::Program, Need::InPlace),
+            (FaultKind::RootMissing, Class::Workspace, Need::InPlace),
+            (FaultKind::RootMissing, Class::State, Need::Interruption),
+            (FaultKind::RootMissing, Class::Sessions, Need::Interruption),
+            (FaultKind::DatabaseCorrupt, Class::State, Need::Interruption),
+            (FaultKind::Amnesia, Class::State, Need::Interruption),
+            (FaultKind::UpdateAtWork, Class::Program, Need::Nothing),
+            (FaultKind::PortTaken, Class::State, Need::Nothing),
+        ] {
+            assert_eq!(need(&node, &finding(kind, class)), expected, "{kind:?} {class}");
+        }
+    }
+
+    #[test]
+    fn inputs_change_with_what_a_start_would_run_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let before = inputs(&node, &[]);
+        assert_eq!(before, inputs(&node, &[]));
+        std::fs::write(&node.config_path, "{}").unwrap();
+        let other = inputs(&node, &[]);
+        assert_ne!(before, other);
+        let difference = Difference {
+            root: "program".into(),
+            path: "a".into(),
+            class: Class::Program,
+            kind: DifferenceKind::Changed,
+        };
+        assert_ne!(other, inputs(&node, &[difference]));
+    }
+}

@@ -238,3 +238,122 @@ pub fn archived(places: &Places, id: u64) -> Result<Archived> {
             .hint(format!("{} is damaged", path.display()))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use engine::{IncidentKind, Verdict};
+
+    fn places(dir: &std::path::Path) -> Places {
+        let config = Config {
+            state_dir: Some(dir.join("state")),
+            run_dir: Some(dir.join("run")),
+            ..Config::default()
+        };
+        let places = Places::new(dir.join("koboshi.toml"), &config).unwrap();
+        places.make().unwrap();
+        places
+    }
+
+    fn at(ms: u64) -> Moment {
+        Moment { boot: 1, ms }
+    }
+
+    fn open_incident(book: &mut Book, ms: u64) {
+        let record = book.state().open(at(ms), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+        assert_eq!(book.write(record), Written::Yes);
+    }
+
+    #[test]
+    fn what_was_written_is_folded_by_the_next_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, words) = Book::open(&places).unwrap();
+        assert!(words.is_empty(), "{words:?}");
+        open_incident(&mut book, 10);
+        let before = book.state().clone();
+        drop(book);
+        let (book, words) = Book::open(&places).unwrap();
+        assert!(words.is_empty(), "{words:?}");
+        assert_eq!(*book.state(), before);
+        assert_eq!(Book::read(&places).unwrap().0, before);
+    }
+
+    #[test]
+    fn a_record_that_may_not_follow_leaves_no_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, _) = Book::open(&places).unwrap();
+        open_incident(&mut book, 10);
+        let before = book.state().clone();
+        let again = Event::Opened {
+            incident: 7,
+            kind: IncidentKind::Outage,
+            cause: String::new(),
+            findings: Vec::new(),
+        };
+        assert_eq!(book.write(Record::new(at(11), again)), Written::Refused);
+        assert_eq!(*book.state(), before);
+        assert_eq!(Book::read(&places).unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_and_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, _) = Book::open(&places).unwrap();
+        open_incident(&mut book, 10);
+        let verdict = Verdict::NotServing { why: "x".into() };
+        let word = Event::Judged { verdict, confirmed: true, clean: true };
+        assert_eq!(book.write(Record::new(at(12), word)), Written::Yes);
+        drop(book);
+        // The last record loses its last byte, as a power cut in the middle of a write leaves it.
+        let mut bytes = std::fs::read(places.journal()).unwrap();
+        let end = bytes.iter().rposition(|b| *b != 0).unwrap();
+        bytes[end] = 0;
+        std::fs::write(places.journal(), bytes).unwrap();
+        let (book, words) = Book::open(&places).unwrap();
+        assert_eq!(words.len(), 1, "{words:?}");
+        assert!(
+            book.state().incident.as_ref().is_some_and(|i| i.word.is_none()),
+            "the first record is whole"
+        );
+    }
+
+    #[test]
+    fn without_a_journal_the_fold_goes_on_and_is_kept_when_it_is_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        // A directory in the journal's place: it can neither be opened nor replaced.
+        std::fs::create_dir(places.journal()).unwrap();
+        let (mut book, words) = Book::open(&places).unwrap();
+        assert_eq!(words.len(), 1);
+        assert!(!book.journal_ok());
+        open_incident(&mut book, 10);
+        assert!(book.state().incident.is_some());
+        std::fs::remove_dir(places.journal()).unwrap();
+        book.tidy(at(20));
+        assert!(book.journal_ok());
+        drop(book);
+        let (book, words) = Book::open(&places).unwrap();
+        assert!(words.is_empty(), "{words:?}");
+        assert!(book.state().incident.is_some(), "what was only in memory is in the journal now");
+    }
+
+    #[test]
+    fn old_incidents_go_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, _) = Book::open(&places).unwrap();
+        open_incident(&mut book, 10);
+        for id in 0..=MAX_ARCHIVED as u64 {
+            book.archive(id, None).unwrap();
+        }
+        let kept = archived_ids(&places).unwrap();
+        assert_eq!(kept.len(), MAX_ARCHIVED);
+        assert!(!kept.contains(&0));
+        assert_eq!(archived(&places, 5).unwrap().records.len(), 1);
+        assert_eq!(archived(&places, 0).unwrap_err().kind, Kind::NotFound);
+    }
+}

@@ -44,9 +44,13 @@ impl Places {
             (Some(dir), _) => dir.clone(),
             (None, _) if system => PathBuf::from("/run/koboshi"),
             (None, Some(dir)) if Path::new(&dir).is_absolute() => PathBuf::from(dir).join("koboshi"),
-            // Without a runtime directory (no logind) a place that survives a reboot does as well: stale files in
-            // it are told by their process identity.
-            (None, _) => state_dir.join("run"),
+            // A shell without that variable (su, cron) must look where the user's service looks, or there would be
+            // two agents. Without a runtime directory at all (no logind) a place that survives a reboot does as
+            // well: stale files in it are told by their process identity.
+            (None, _) => match PathBuf::from(format!("/run/user/{}", rustix::process::geteuid().as_raw())) {
+                dir if dir.is_dir() => dir.join("koboshi"),
+                _ => state_dir.join("run"),
+            },
         };
         let key_file = config_file.with_file_name("keys").join("store.key");
         for dir in [&state_dir, &run_dir] {

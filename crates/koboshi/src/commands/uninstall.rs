@@ -120,7 +120,16 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
 /// The run directory's own entries, by name.
 fn run_files(dir: &Path) -> Vec<PathBuf> {
     let own = |name: &str| {
-        let known = ["agent.lock", "status.json", "status.new", "steps", "orders", "journal", "recover.log"];
+        let known = [
+            "agent.lock",
+            "status.json",
+            "status.new",
+            "steps",
+            "orders",
+            "journal",
+            "outbox",
+            "recover.log",
+        ];
         known.contains(&name) || name.starts_with("containers-")
     };
     names(dir).filter(|n| own(n)).map(|n| dir.join(n)).collect()

@@ -157,6 +157,7 @@ impl Fake {
         cmd.args.extend(args.iter().map(Into::into));
         cmd.env = vec![
             ("HOME".into(), self.home().into()),
+            ("XDG_RUNTIME_DIR".into(), self.path("xdg").into()),
             ("PATH".into(), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()),
         ];
         cmd

@@ -117,7 +117,7 @@ fn detection(field: &mut Field) -> Result<(), String> {
     let incidents = field.stage.incidents()?;
     field.stage.ration()?;
     let at_ms = boot_ms();
-    proc::signal(&[before.pid], Signal::KILL);
+    kill(before)?;
     let id = wait_for_incident(field, &incidents, ADOPTED)?;
     let records = field.stage.closed(id, RIGHTED)?;
     let opened = event(&records, "opened").and_then(|r| r["at"]["ms"].as_u64());
@@ -129,12 +129,21 @@ fn detection(field: &mut Field) -> Result<(), String> {
     one_gateway(field, before)
 }
 
+/// SIGKILL, and it is gone: what is looked at next is not its corpse.
+fn kill(gateway: Id) -> Result<(), String> {
+    proc::signal(&[gateway.pid], Signal::KILL);
+    wait(ASK_LIMIT, || (!proc::runs(gateway)).then_some(()))
+        .ok_or_else(|| "SIGKILL did not end it".to_owned())
+}
+
 /// Exactly one gateway, and another one than before.
 fn one_gateway(field: &mut Field, before: Id) -> Result<(), String> {
-    let now = field.stage.serving(RIGHTED)?;
+    // What is published may still be the word about the one that is gone.
+    let now = wait(RIGHTED, || field.stage.serving(Duration::ZERO).ok().filter(|id| *id != before));
+    let now = now.ok_or_else(|| format!("no new gateway serves after {} s", RIGHTED.as_secs()))?;
     let all = field.stage.gateways();
-    field.claim(all == [now] && now != before, "exactly one gateway serves, and it is a new one", || {
-        format!("before {before:?}, in care {now:?}, there are {all:?}")
+    field.claim(all == [now], "exactly one gateway serves, and it is a new one", || {
+        format!("in care {now:?}, there are {all:?}")
     });
     Ok(())
 }
@@ -200,6 +209,10 @@ fn owners_will(field: &mut Field) -> Result<(), String> {
     field.claim(code == 0 && !proc::runs(before), "`node stop`: the gateway is gone", || {
         format!("exit {code}, {told}")
     });
+    let (code, told) = field.stage.ask(&["status"], ASK_LIMIT)?;
+    field.claim(code != 0 && told["verdict"] != "serving", "and `status` does not call it serving", || {
+        format!("exit {code}, {told}")
+    });
     let back = wait(STAYS_DOWN, || (!field.stage.gateways().is_empty()).then_some(()));
     field.claim(back.is_none(), "and stays gone", || "there is one again".to_owned());
     let now = field.stage.incidents()?;
@@ -216,7 +229,7 @@ fn owners_will(field: &mut Field) -> Result<(), String> {
         format!("exit {code}, {told}")
     });
     field.stage.ration()?;
-    proc::signal(&[second.pid], Signal::KILL);
+    kill(second)?;
     let back = wait(STAYS_DOWN, || (!field.stage.gateways().is_empty()).then_some(()));
     field.claim(back.is_none(), "a gateway that dies then stays down", || "there is one again".to_owned());
     let (code, told) = field.stage.ask(&["resume"], ASK_LIMIT)?;
@@ -228,7 +241,8 @@ fn owners_will(field: &mut Field) -> Result<(), String> {
 fn port_taken(field: &mut Field) -> Result<(), String> {
     let incidents = field.stage.incidents()?;
     let (code, told) = field.stage.ask(&["node", "stop"], STOPS)?;
-    field.claim(code == 0, "the node is stopped", || format!("exit {code}, {told}"));
+    let down = wait(ASK_LIMIT, || field.stage.status().filter(|s| s["verdict"]["verdict"] != "serving"));
+    field.claim(code == 0 && down.is_some(), "the node is stopped", || format!("exit {code}, {told}"));
     let port = field.stage.port;
     let mut c = Command::new(std::env::current_exe().map_err(|e| format!("find our own program: {e}"))?);
     c.args(["stranger", &port.to_string()]);
@@ -556,7 +570,7 @@ fn rotten(
     let right = std::fs::read(entry).is_ok_and(|now| now == whole);
     let (_, shown) = field.stage.ask(&["incidents", "show", &id.to_string()], ASK_LIMIT)?;
     let said = format!("{shown} {log}");
-    let reason = ["damaged", "corrupt", "does not verify"].iter().any(|word| said.contains(word));
+    let reason = ["damaged", "corrupt", "cannot be proven"].iter().any(|word| said.contains(word));
     println!("   {}", if right { "it was repaired from another source" } else { "it was not repaired" });
     field.claim(right || reason, "it is right again, or the reason is on record", || said.clone());
     field.claim(proc::runs(gateway), "and the gateway serves on", || format!("{gateway:?} is gone"));

@@ -1,7 +1,6 @@
 //! A directory tree, remembered file by file: what a command that promises to change nothing is measured by.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hasher};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// Kind and permission bits, owner, size, time of change in nanoseconds, hash of the content or of the target.
-    Exact { mode: u32, owner: (u32, u32), size: u64, mtime_ns: i128, content: u64 },
+    Exact { mode: u32, owner: (u32, u32), size: u64, mtime_ns: i128, content: Option<blake3::Hash> },
     /// Its owner keeps writing it: only that it is there.
     There,
 }
@@ -31,11 +30,11 @@ pub(crate) fn look(
         Entry::There
     } else {
         let content = if meta.is_file() {
-            hash_file(root)?
+            Some(hash_file(root)?)
         } else if meta.is_symlink() {
-            hash(std::fs::read_link(root)?.as_os_str().as_encoded_bytes())
+            Some(blake3::hash(std::fs::read_link(root)?.as_os_str().as_encoded_bytes()))
         } else {
-            0
+            None
         };
         // A directory's size and time say what its entries say, and change with a living one among them.
         let (size, mtime_ns) = if meta.is_dir() {
@@ -73,20 +72,14 @@ pub(crate) fn differences(
     gone.chain(new).take(limit).collect()
 }
 
-fn hash(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
-}
-
-fn hash_file(path: &Path) -> std::io::Result<u64> {
-    let mut hasher = DefaultHasher::new();
+fn hash_file(path: &Path) -> std::io::Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
     let mut file = std::fs::File::open(path)?;
     let mut buffer = vec![0; 256 << 10];
     loop {
         let n = file.read(&mut buffer)?;
-        let Some(read) = buffer.get(..n).filter(|r| !r.is_empty()) else { return Ok(hasher.finish()) };
-        hasher.write(read);
+        let Some(read) = buffer.get(..n).filter(|r| !r.is_empty()) else { return Ok(hasher.finalize()) };
+        hasher.update(read);
     }
 }
 

@@ -126,12 +126,16 @@ pub fn read_identity(node: &Node, deadline: Deadline) -> Result<Identity> {
         if deadline.passed() {
             return Err(Error::new(Kind::TimedOut, "reading the node's identity", "the deadline passed"));
         }
-        // One agent's broken database is that agent's finding, not the node's identity.
-        if let Ok(reader) = Reader::open(&db, deadline) {
-            identity.counts.agents += 1;
-            identity.counts.sessions += reader.count("session_nodes").max(reader.count("sessions"));
-            identity.counts.transcript += reader.count("transcript_events");
-        }
+        let reader = match Reader::open(&db, deadline) {
+            Ok(reader) => reader,
+            // One agent's broken database is that agent's finding, not the node's identity.
+            Err(e) if matches!(e.kind, Kind::Corrupt | Kind::NotFound) => continue,
+            // One that is busy or too slow is there all the same: what cannot be counted is not zero.
+            Err(e) => return Err(e),
+        };
+        identity.counts.agents += 1;
+        identity.counts.sessions += reader.count("session_nodes")?.max(reader.count("sessions")?);
+        identity.counts.transcript += reader.count("transcript_events")?;
     }
     Ok(identity)
 }
@@ -139,7 +143,7 @@ pub fn read_identity(node: &Node, deadline: Deadline) -> Result<Identity> {
 /// The same for a state database that lies somewhere else (a salvaged or restored one), agents left out.
 pub fn read_state(db: &Path, deadline: Deadline) -> Result<Identity> {
     let reader = Reader::open(db, deadline)?;
-    if !reader.has_table("device_identities") {
+    if !reader.has_table("device_identities")? {
         let why = if reader.tables() == 0 { "it is empty" } else { "it is no OpenClaw state database" };
         return Err(Error::new(Kind::Corrupt, format!("reading {}", db.display()), why));
     }
@@ -155,9 +159,9 @@ pub fn read_state(db: &Path, deadline: Deadline) -> Result<Identity> {
     Ok(Identity {
         device_id: id.map(|id| fingerprint(&id)),
         counts: Counts {
-            paired: reader.count("device_pairing_paired"),
-            device_tokens: reader.count("device_auth_tokens"),
-            jobs: reader.count("cron_jobs"),
+            paired: reader.count("device_pairing_paired")?,
+            device_tokens: reader.count("device_auth_tokens")?,
+            jobs: reader.count("cron_jobs")?,
             ..Counts::default()
         },
         schema: reader.schema(),
@@ -245,6 +249,7 @@ pub(crate) fn beside(db: &Path, suffix: &str) -> PathBuf {
 /// A read-only view of a database.
 struct Reader {
     db: Connection,
+    path: PathBuf,
     /// Holds the private copy while it is read.
     _copy: Option<PrivateCopy>,
 }
@@ -278,7 +283,7 @@ impl Reader {
         conn.progress_handler(STEPS, Some(guard)).map_err(|e| of_sqlite(db, &e))?;
         conn.busy_timeout(deadline.left().min(std::time::Duration::from_secs(1)))
             .map_err(|e| of_sqlite(db, &e))?;
-        let reader = Reader { db: conn, _copy: copy };
+        let reader = Reader { db: conn, path: db.to_path_buf(), _copy: copy };
         // Only a read tells a database from any other file.
         reader
             .db
@@ -287,10 +292,10 @@ impl Reader {
         Ok(reader)
     }
 
-    fn has_table(&self, name: &str) -> bool {
-        self.db
-            .query_row("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?1", [name], |_| Ok(()))
-            .is_ok()
+    fn has_table(&self, name: &str) -> Result<bool> {
+        let sql = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?1";
+        let found: i64 = self.db.query_row(sql, [name], |row| row.get(0)).map_err(|e| self.failed(&e))?;
+        Ok(found > 0)
     }
 
     fn tables(&self) -> u64 {
@@ -302,17 +307,19 @@ impl Reader {
             .unwrap_or(0)
     }
 
-    /// `table` is always one of our own constants.
-    fn count(&self, table: &str) -> u64 {
-        if !self.has_table(table) {
-            return 0;
+    /// Rows of `table`, which is always one of our own constants. What cannot be read (busy, too slow) is an error:
+    /// a 0 would say that all of it is gone.
+    fn count(&self, table: &str) -> Result<u64> {
+        if !self.has_table(table)? {
+            return Ok(0);
         }
         let sql = format!("SELECT count(*) FROM (SELECT 1 FROM \"{table}\" LIMIT {COUNT_LIMIT})");
-        self.db
-            .query_row(&sql, [], |row| row.get::<_, i64>(0))
-            .ok()
-            .and_then(|n| u64::try_from(n).ok())
-            .unwrap_or(0)
+        let rows: i64 = self.db.query_row(&sql, [], |row| row.get(0)).map_err(|e| self.failed(&e))?;
+        Ok(u64::try_from(rows).unwrap_or(0))
+    }
+
+    fn failed(&self, e: &rusqlite::Error) -> Error {
+        of_sqlite(&self.path, e)
     }
 
     fn schema(&self) -> u32 {
@@ -504,6 +511,35 @@ pub(crate) mod tests {
         assert_eq!(read_state(&path, soon()).expect("identity").device_id, None);
         std::fs::write(dir.path().join("b"), b"").expect("write");
         assert!(read_state(&dir.path().join("b"), soon()).is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_counted_in_time_is_no_zero() {
+        let dir = tempfile::tempdir().expect("dir");
+        let node = crate::find::tests::node_at(dir.path());
+        drop(state_db(&node.state_db(), Some("abc"), 1));
+        let agent = node.state_dir.join("agents/main/agent/openclaw-agent.sqlite");
+        std::fs::create_dir_all(agent.parent().expect("parent")).expect("mkdir");
+        let mut db = Connection::open(&agent).expect("open");
+        db.execute_batch("CREATE TABLE transcript_events (id INTEGER PRIMARY KEY)").expect("schema");
+        let rows = db.transaction().expect("transaction");
+        for _ in 0..60_000 {
+            rows.execute("INSERT INTO transcript_events VALUES (NULL)", []).expect("insert");
+        }
+        rows.commit().expect("commit");
+        assert_eq!(read_identity(&node, soon()).expect("identity").counts.transcript, 60_000);
+        // As when the deadline passes under the count.
+        let late = Deadline::after(Duration::ZERO);
+        let reader = Reader::open(&agent, late).expect("opens");
+        assert_eq!(reader.count("transcript_events").map_err(|e| e.kind), Err(Kind::TimedOut));
+        drop(db);
+        // Another who holds it exclusively makes it busy, not gone.
+        let db = Connection::open(&agent).expect("open");
+        db.execute_batch("BEGIN EXCLUSIVE; INSERT INTO transcript_events VALUES (NULL)").expect("lock");
+        if let Ok(identity) = read_identity(&node, soon()) {
+            assert_eq!(identity.counts.agents, 1);
+            assert!(identity.counts.transcript >= 60_000);
+        }
     }
 
     #[test]

@@ -29,10 +29,10 @@ pub(crate) fn run(root: &Path, only: &[&str], tally: &mut Tally) {
         tally.skip("field", "not root: namespaces and control groups of its own are beyond us");
         return;
     }
-    tally.part("field: one real node and its agent", |_| {
+    tally.part("field: one real node and its agent", |tally| {
         println!("a node is being set up");
         let mut field = match Stage::set(root) {
-            Ok(stage) => Field { stage, passed: 0, failed: 0 },
+            Ok(stage) => Field { stage, passed: 0, failed: 0, skipped: Vec::new() },
             Err(why) => {
                 println!("FAILED: {why}");
                 return (0, 1);
@@ -40,6 +40,9 @@ pub(crate) fn run(root: &Path, only: &[&str], tally: &mut Tally) {
         };
         field.play(only);
         field.keep_for_a_look(root);
+        for (name, reason) in &field.skipped {
+            tally.skip(&format!("field {name}"), reason);
+        }
         (field.passed, field.failed)
     });
 }
@@ -62,6 +65,8 @@ struct Field {
     stage: Stage,
     passed: u64,
     failed: u64,
+    /// What this machine does not allow, and why.
+    skipped: Vec<(&'static str, String)>,
 }
 
 impl Field {

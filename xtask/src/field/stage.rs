@@ -57,6 +57,8 @@ pub(crate) struct Stage {
     pub(crate) dir: PathBuf,
     pub(crate) config: PathBuf,
     pub(crate) port: u16,
+    /// koboshi's description of it.
+    node: Value,
     pub(crate) agent: Option<Agent>,
     agents: u32,
     others: Vec<Child>,
@@ -71,6 +73,7 @@ impl Stage {
             binary: demo::binary(root),
             config: dir.join("koboshi/koboshi.toml"),
             port: 0,
+            node: Value::Null,
             agent: None,
             agents: 0,
             others: Vec::new(),
@@ -103,9 +106,15 @@ impl Stage {
         self.dir.join("koboshi/state").join(name)
     }
 
+    /// A path of the node's, by its name in koboshi's own description of it.
+    pub(crate) fn node(&self, name: &str) -> Result<PathBuf, String> {
+        let path = self.node[name].as_str().filter(|p| p.starts_with('/'));
+        path.map(PathBuf::from).ok_or_else(|| format!("no path `{name}` in the node's description"))
+    }
+
     /// The file that the gateway reads first: broken, the next start dies of it.
-    pub(crate) fn entry(&self) -> PathBuf {
-        self.dir.join("prefix/lib/node_modules/openclaw/dist/index.js")
+    pub(crate) fn entry(&self) -> Result<PathBuf, String> {
+        self.node("entry")
     }
 
     // ---- processes ----

@@ -292,6 +292,15 @@ fn port_taken(field: &mut Field) -> Result<(), String> {
 
 /// The first process of a container: it reaps, it passes the end on, and nothing is left.
 fn first_process(field: &mut Field) -> Result<(), String> {
+    let spaces = Command::new("unshare")
+        .args(["--fork", "--pid", "--mount-proc", "true"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    if !spaces.is_ok_and(|s| s.success()) {
+        field.skipped.push(("first-process", "this root may not make a process namespace".to_owned()));
+        return Ok(());
+    }
     let before = field.stage.serving(ADOPTED)?;
     // A namespace of its own cannot see the gateway of this one.
     field.stage.end_agent(Signal::TERM)?;
@@ -381,7 +390,8 @@ fn install(field: &mut Field) -> Result<(), String> {
     let own = field.stage.work.join("second");
     let run_dir = own.join("run");
     std::fs::create_dir_all(&run_dir).map_err(|e| format!("make {}: {e}", run_dir.display()))?;
-    let dir = field.stage.dir.clone();
+    let (state, prefix) = (field.stage.node("state_dir")?, field.stage.node("prefix")?);
+    let runtime = field.stage.node("runtime_dir")?;
     let port = field.stage.port.to_string();
     let config = own.join("config/koboshi.toml");
     let koboshi = |words: &[&str]| {
@@ -390,13 +400,13 @@ fn install(field: &mut Field) -> Result<(), String> {
         c.arg("--json").arg("--config").arg(&config).args(words);
         c
     };
-    let all = look(&dir)?;
+    let all = look(&state, &prefix, &runtime)?;
     let mut c = koboshi(&["install", "--no-service", "--port", &port]);
-    c.arg("--prefix").arg(dir.join("prefix")).arg("--state-dir").arg(dir.join("home/.openclaw"));
+    c.arg("--prefix").arg(&prefix).arg("--state-dir").arg(&state);
     let installed = stage::ask(c, ASK_LIMIT * 5);
     let wrote = config.is_file() && own.join("state/koboshi/node.json").is_file();
     let uninstalled = stage::ask(koboshi(&["uninstall", "--purge"]), ASK_LIMIT * 2);
-    let after = look(&dir)?;
+    let after = look(&state, &prefix, &runtime)?;
 
     let (code, told) = installed?;
     let right = told["node"]["port"].as_u64() == Some(u64::from(field.stage.port));
@@ -433,19 +443,18 @@ fn files_below(dir: &Path, into: &mut Vec<PathBuf>) {
 }
 
 /// Everything of the node's: its state, its program, its runtime.
-fn look(dir: &Path) -> Result<BTreeMap<PathBuf, tree::Entry>, String> {
-    let state = dir.join("home/.openclaw");
-    let spare = dir.join("prefix/lib/.koboshi-spare");
+fn look(state: &Path, prefix: &Path, runtime: &Path) -> Result<BTreeMap<PathBuf, tree::Entry>, String> {
+    let spare = prefix.join("lib/.koboshi-spare");
     // What a gateway writes while nobody does anything: its databases and its logs.
     let living = |path: &Path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        path.starts_with(&state)
+        path.starts_with(state)
             && ([".sqlite", ".sqlite-wal", ".sqlite-shm", ".log", ".lock"].iter().any(|e| name.ends_with(e))
                 || ["logs", "tmp", "cache"].contains(&&*name))
     };
     let skip = |path: &Path| path == spare;
     let mut all = BTreeMap::new();
-    for root in [&state, &dir.join("prefix"), &dir.join("runtime")] {
+    for root in [state, prefix, runtime] {
         tree::look(root, &living, &skip, &mut all).map_err(|e| format!("look at {}: {e}", root.display()))?;
     }
     Ok(all)
@@ -458,7 +467,7 @@ fn watch_mode(field: &mut Field) -> Result<(), String> {
     field.stage.end_agent(Signal::TERM)?;
     let adopted = field.next_agent(&["--watch"])?;
     field.claim(adopted == before, "an agent that only watches adopts, too", || format!("{adopted:?}"));
-    let entry = field.stage.entry();
+    let entry = field.stage.entry()?;
     let whole = stage::halve(&entry)?;
     let cut = whole.get(..whole.len() / 2).unwrap_or_default();
     let result = watched(field, &incidents, &entry, cut);
@@ -527,7 +536,7 @@ fn flipped_bytes(field: &mut Field) -> Result<(), String> {
         kept.push((path, whole));
     }
     field.claim(!kept.is_empty(), "every pack of the store is damaged", || packs.display().to_string());
-    let entry = field.stage.entry();
+    let entry = field.stage.entry()?;
     let whole = stage::halve(&entry)?;
     let result = rotten(field, &incidents, &entry, &whole, before);
     for (path, bytes) in kept {

@@ -4,6 +4,7 @@
 //! Nothing is concluded from an exit code or a message alone, and a difference in what belongs to the user is no
 //! damage by itself: users write.
 
+use crate::restore::Choice;
 use engine::{Class, FaultKind, Finding};
 use host::Result;
 use host::clock::Deadline;
@@ -101,6 +102,7 @@ pub fn examine(
         }
         findings.extend(damage(&differences));
     }
+    only_what_can_be_mended(node, store, trusted.as_ref(), &mut findings, deadline);
     let need = findings.iter().map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
     let inputs = inputs(node, &differences);
     differences.truncate(MAX_DIFFERENCES);
@@ -115,6 +117,37 @@ pub fn examine(
         cpu_ms: cpu_ms(),
         wall_ms: host::clock::now().since_ms(began).unwrap_or(0) as f64,
     })
+}
+
+/// A root of the user's that is gone, or a database that is broken, is a reason to act only if there is something to
+/// bring back. Else it is the node's own business (an owner emptied it, an agent has not made it yet) and told as such:
+/// a serving gateway is never stopped for what no snapshot holds, and a fallen one is not kept from starting by it.
+fn only_what_can_be_mended(
+    node: &Node,
+    store: Option<&Store>,
+    trusted: Option<&SnapshotInfo>,
+    findings: &mut [Finding],
+    deadline: Deadline,
+) {
+    for finding in findings {
+        let users = finding.class.is_some_and(|c| !c.converges() && c != Class::Config);
+        let asks = matches!(finding.kind, FaultKind::RootMissing | FaultKind::DatabaseCorrupt | FaultKind::Amnesia);
+        if !users || !asks || !node.state_dir.is_dir() {
+            continue;
+        }
+        let choice = Choice::of(node, std::slice::from_ref(finding));
+        let mendable = match (store, trusted) {
+            (Some(store), Some(info)) => store
+                .compare(&info.id, &choice.classes(), Depth::Stat, deadline)
+                // What cannot be compared is not judged here.
+                .map_or(true, |all| all.iter().any(|d| choice.wants(info, d))),
+            (_, _) => false,
+        };
+        if !mendable {
+            finding.kind = FaultKind::Notice;
+            finding.evidence.push("no good snapshot holds more of it".to_owned());
+        }
+    }
 }
 
 /// Whether a whole program of another version lies there.

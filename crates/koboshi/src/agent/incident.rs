@@ -101,10 +101,20 @@ impl Agent {
 
     /// In watch mode: what would have been done.
     fn tell_plan(&mut self) {
-        if let Some(exam) = self.examine_now(Care::Down) {
+        let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
+        if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
             self.noticed(exam.findings);
         }
         let ladder = self.ladder(clock::now());
+        if latent {
+            match ladder.applies(Layer::InPlace) {
+                Ok(rung) => {
+                    self.say(&format!("  watch: in-place would be tried for up to {} s", rung.work_most_ms / 1000));
+                }
+                Err(reason) => self.say(&format!("  watch: in-place would be passed: {reason}")),
+            }
+            return;
+        }
         for planned in engine::preview(&ladder) {
             let line = match planned.passed {
                 Some(reason) => format!("{} would be passed: {reason}", planned.layer),
@@ -196,7 +206,7 @@ impl Agent {
             }
         };
         let now = clock::now();
-        let verdict = &judgement.verdict;
+        let verdict = &for_the_record(&judgement.verdict);
         let before = incident.word.as_ref();
         let same_kind = before.is_some_and(|word| {
             std::mem::discriminant(&word.verdict) == std::mem::discriminant(verdict)
@@ -396,11 +406,12 @@ impl Agent {
     fn kill(&mut self, step: StepId, layer: Layer) {
         let name = format!("step-{step}");
         let held = self.step.take().filter(|running| running.name == name);
+        let mut said = None;
         let killed = match held {
             Some(mut running) => {
                 let killed = running.kill();
                 if killed.is_ok() {
-                    self.tell_report(layer, running.answer());
+                    said = self.tell_report(layer, running.answer());
                 }
                 killed
             }
@@ -408,7 +419,7 @@ impl Agent {
             None => self.runner.containers.kill(&name, Deadline::after(Agent::kill_limit())),
         };
         let event = match killed {
-            Ok(emptied) => Event::Emptied { step, killed: emptied.killed, claim: self.claim(layer) },
+            Ok(emptied) => Event::Emptied { step, killed: emptied.killed, claim: self.claim(layer, said) },
             Err(e) => Event::KillFailed { step, why: e.to_string() },
         };
         self.looks_from = clock::now();
@@ -416,14 +427,19 @@ impl Agent {
         self.write(Record::new(clock::now(), event));
     }
 
-    fn tell_report(&self, layer: Layer, answer: Option<Answer>) {
+    /// Tells what a step said, and returns its own reason if it failed: for the record, not for any decision.
+    fn tell_report(&self, layer: Layer, answer: Option<Answer>) -> Option<String> {
         match answer {
             Some(Answer::Done(report)) => {
                 for line in report.done.iter().chain(&report.undone) {
                     self.say(&format!("  {layer}: {line}"));
                 }
+                report.undone.last().cloned()
             }
-            Some(Answer::Failed { what, why }) => self.say(&format!("  {layer}: {what}: {why}")),
+            Some(Answer::Failed { what, why }) => {
+                self.say(&format!("  {layer}: {what}: {why}"));
+                Some(format!("{what}: {why}"))
+            }
             Some(
                 Answer::Examined(_)
                 | Answer::Taken { .. }
@@ -431,13 +447,18 @@ impl Agent {
                 | Answer::Tidied { .. }
                 | Answer::Delivered { .. },
             )
-            | None => {}
+            | None => None,
         }
     }
 
     /// What the disk says after a step, whatever the step said.
-    fn claim(&mut self, layer: Layer) -> Claim {
-        let nothing = |why: String| Claim::Nothing { why };
+    fn claim(&mut self, layer: Layer, said: Option<String>) -> Claim {
+        let nothing = |why: String| Claim::Nothing {
+            why: match &said {
+                Some(said) => format!("{why} (the step said: {said})"),
+                None => why,
+            },
+        };
         if layer != Layer::InPlace {
             self.follow_gateway();
             if let Some(still) = self.node.gateway() {
@@ -454,6 +475,8 @@ impl Agent {
             (_, Need::Nothing) | (Layer::InPlace, Need::Later) => Claim::Ready { inputs: exam.inputs },
             // A config that is being edited keeps nothing from starting that was clean otherwise.
             (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
+            // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
+            (Layer::Restore, _) if !exam.findings.iter().any(bars_a_start) => Claim::Ready { inputs: exam.inputs },
             (_, Need::Later | Need::InPlace | Need::Interruption) => {
                 let still = exam.findings.iter().map(|f| f.what.as_str()).collect::<Vec<_>>().join("; ");
                 nothing(format!("the disk is not whole: {still}"))
@@ -565,7 +588,7 @@ impl Agent {
         };
         ladder.hands_off = self.hands_off();
         ladder.journal_ok = self.book.journal_ok();
-        ladder.evidence = evidence(exam.as_ref());
+        ladder.evidence = evidence(exam.as_ref(), self.nudges);
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
         ladder
     }
@@ -588,9 +611,21 @@ impl Agent {
     }
 }
 
+/// The verdict as an incident hears it. Only what the gateway's crash-loop breaker silenced keeps an incident open; a
+/// channel that is down for its own reasons is the channel's business, shown by `status`.
+fn for_the_record(verdict: &Verdict) -> Verdict {
+    match verdict {
+        Verdict::Serving { degraded } => Verdict::Serving {
+            degraded: degraded.iter().filter(|d| d.contains("crash-loop breaker")).cloned().collect(),
+        },
+        Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => verdict.clone(),
+    }
+}
+
 /// Hash of what outside could make a failed climb succeed.
-fn evidence(exam: Option<&Examination>) -> u64 {
+fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
     let mut hash = DefaultHasher::new();
+    nudges.hash(&mut hash);
     exam.map(|e| (e.inputs, e.snapshot.clone(), e.need)).hash(&mut hash);
     for finding in exam.map(|e| e.findings.as_slice()).unwrap_or_default() {
         (finding.kind, finding.class).hash(&mut hash);
@@ -641,6 +676,15 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.
 fn outside(finding: &Finding) -> bool {
     matches!(finding.kind, FaultKind::PortTaken | FaultKind::DiskFull)
+}
+
+/// Whether even after a restore no start may be asked for. The workspace, credentials and single agents' databases are
+/// read by a gateway that serves; without them it serves less, but it serves.
+fn bars_a_start(finding: &Finding) -> bool {
+    let apart = finding
+        .class
+        .is_some_and(|c| matches!(c, engine::Class::Workspace | engine::Class::Credentials | engine::Class::Sessions));
+    keeps_from_starting(finding) && !apart
 }
 
 /// Whether a start with this on the disk would fail or do harm.

@@ -101,6 +101,8 @@ pub struct Agent {
     /// Orders may be waiting: some lay there before this agent began, and a watched directory says when more come.
     ordered: bool,
     me: ProcessId,
+    /// Times a person asked for a recovery: that is new evidence too.
+    nudges: u32,
     ending: bool,
 }
 
@@ -176,6 +178,7 @@ impl Agent {
             published: None,
             ordered: true,
             me: ProcessId::current()?,
+            nudges: 0,
             ending: false,
             config,
             places,
@@ -229,6 +232,15 @@ impl Agent {
 
     /// The embedded gateway is started because the agent starts, not because it fell.
     fn start_embedded(&mut self, why: &str) {
+        if self.places.store().is_dir()
+            && let Some(exam) = self.examine_now(Care::Down)
+            && let Some(finding) = exam.findings.iter().find(|f| incident::keeps_from_starting(f))
+        {
+            // A start with this on the disk would be wasted, and starts are scarce: the ladder goes first.
+            let cause = format!("the gateway does not run, and {}", finding.what);
+            self.open(IncidentKind::Outage, cause, exam.findings.clone());
+            return;
+        }
         let now = clock::now();
         self.write(Record::new(now, Event::StartSeen { by: why.to_owned() }));
         match self.service.manager().start(Deadline::after(MANAGER_LIMIT)) {
@@ -390,6 +402,8 @@ impl Agent {
     fn gateway_exited(&mut self) {
         self.gateway = None;
         self.serving_since = None;
+        // What was said of a process that is gone is not published any longer.
+        self.judgement = None;
         self.next_look = clock::now();
         let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
         if climbing || self.will.stopped || self.ending {
@@ -590,6 +604,7 @@ impl Agent {
                 self.will.stopped = true;
                 let saved = self.will.save(&self.places);
                 self.serving_since = None;
+                self.judgement = None;
                 saved.and_then(|()| {
                     let grace = Duration::from_secs(*grace_s).min(DRAIN_LIMIT);
                     self.service.manager().stop(grace, Deadline::after(limit)).map(|s| format!("{s:?}"))
@@ -610,7 +625,10 @@ impl Agent {
                 })
             }
             Order::Recover => {
-                if let Some(Judgement { verdict: Verdict::NotServing { why }, .. }) = &self.judgement {
+                self.nudges = self.nudges.saturating_add(1);
+                if self.book.state().incident.is_some() {
+                    Ok("an incident is open; its next climb is brought forward".to_owned())
+                } else if let Some(Judgement { verdict: Verdict::NotServing { why }, .. }) = &self.judgement {
                     let why = why.clone();
                     self.will.stopped = false;
                     self.open(IncidentKind::Outage, format!("asked for by hand: {why}"), Vec::new());

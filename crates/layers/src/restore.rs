@@ -9,8 +9,10 @@ use crate::{Bench, Report, quiet};
 use engine::{Class, FaultKind, Finding};
 use host::{Context, Error, Kind, Result};
 use node::gates::{self, Gate};
+use node::roots::resolved;
 use node::{Node, salvage};
 use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use store::{Depth, Difference, DifferenceKind, Scope, SnapshotInfo, Store};
 
@@ -70,13 +72,13 @@ impl Choice {
                 }
                 if finding.class == Some(Class::State) {
                     // A gateway that ends makes the missing database anew, empty: what counts is what it was.
-                    self.databases.insert(node.state_db());
+                    self.databases.insert(resolved(&node.state_db()));
                 }
                 self.databases.extend(named(finding));
             }
             FaultKind::DatabaseCorrupt | FaultKind::Amnesia => {
                 if finding.class == Some(Class::State) {
-                    self.databases.insert(node.state_db());
+                    self.databases.insert(resolved(&node.state_db()));
                 }
                 self.databases.extend(named(finding));
             }
@@ -107,7 +109,7 @@ impl Choice {
         self
     }
 
-    fn classes(&self) -> Vec<Class> {
+    pub(crate) fn classes(&self) -> Vec<Class> {
         let mut classes: BTreeSet<Class> = self.converge.clone();
         if self.config {
             classes.insert(Class::Config);
@@ -120,7 +122,7 @@ impl Choice {
     }
 
     /// Whether this difference may be put right.
-    fn wants(&self, info: &SnapshotInfo, difference: &Difference) -> bool {
+    pub(crate) fn wants(&self, info: &SnapshotInfo, difference: &Difference) -> bool {
         if difference.class.converges() {
             return self.converge.contains(&difference.class);
         }
@@ -148,7 +150,7 @@ impl Choice {
 
 /// The databases that a finding names.
 fn named(finding: &Finding) -> impl Iterator<Item = PathBuf> {
-    finding.evidence.iter().filter(|e| e.starts_with('/') && e.ends_with(".sqlite")).map(PathBuf::from)
+    finding.evidence.iter().filter(|e| e.starts_with('/') && e.ends_with(".sqlite")).map(|e| resolved(Path::new(e)))
 }
 
 /// What was there and is other or gone; something new beside it is the user's and stays.
@@ -179,8 +181,9 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
         choice = choice.widened();
     }
     // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
-    let saved = save_open_databases(bench, &choice, &mut report);
+    let mut saved = save_open_databases(bench, &choice, &mut report)?;
     quiet::stop(bench, hung, &mut report)?;
+    saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
     let mut kept = BTreeSet::new();
     for database in saved {
         put_back(bench, &database, &mut report)?;
@@ -204,57 +207,167 @@ struct Saved {
     live: PathBuf,
 }
 
-fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) -> Vec<Saved> {
-    if !choice.missing.contains(&Class::State) && !choice.missing.contains(&Class::Sessions) {
-        return Vec::new();
-    }
-    let Some(gateway) = bench.node.gateway() else {
-        return Vec::new();
+/// Where a rescued database belongs is written beside it, until it is back there: the work may be killed in between, and
+/// the next try must not take a snapshot's older bytes instead.
+const BELONGS: &str = ".belongs";
+/// A path.
+const BELONGS_LIMIT_BYTES: u64 = 8 << 10;
+/// Rescues within one incident.
+const MAX_RESCUES: u32 = 1_000;
+
+/// Saves what only the gateway's open descriptors still hold. An error refuses the repair: the gateway's end would be
+/// the end of these bytes.
+fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) -> Result<Vec<Saved>> {
+    let concerned = choice.missing.contains(&Class::State)
+        || choice.missing.contains(&Class::Sessions)
+        || !choice.databases.is_empty();
+    let Some(gateway) = bench.node.gateway().filter(|_| concerned) else {
+        return Ok(Vec::new());
     };
-    let to = bench.quarantine.join("salvaged");
-    match salvage::from_open_files(bench.node, gateway, &to) {
-        Ok(found) => found
-            .into_iter()
-            .filter(|s| s.identity.is_some() || s.original != bench.node.state_db())
-            .map(|s| {
-                report.did(format!("saved {} from the gateway's open files", s.original.display()));
-                Saved { copy: s.file, live: s.original }
-            })
-            .collect(),
-        Err(e) => {
-            // The snapshot is the next best source; the loss is told.
+    // A directory of its own each time: what an earlier try saved is never written over.
+    let rescued = bench.quarantine.join("salvaged");
+    let to = (1..MAX_RESCUES)
+        .map(|n| rescued.join(n.to_string()))
+        .find(|to| to.symlink_metadata().is_err())
+        .unwrap_or_else(|| rescued.join("last"));
+    let found = match salvage::from_open_files(bench.node, gateway, &to) {
+        Ok(found) => found,
+        // It ended by itself meanwhile, or is not ours to look into: stopping it takes nothing away.
+        Err(e) if matches!(e.kind, Kind::NotFound | Kind::Denied) => {
             report.could_not(format!("{e}"));
-            Vec::new()
+            return Ok(Vec::new());
+        }
+        Err(e) => return Err(e.hint("the gateway is left running: it holds the only copy of these bytes")),
+    };
+    let mut saved = Vec::new();
+    for one in found {
+        if one.identity.is_none() && one.original == resolved(&bench.node.state_db()) {
+            report.could_not(format!("{} was saved, but holds no identity", one.file.display()));
+            continue;
+        }
+        let note = beside(&one.file, BELONGS);
+        host::files::write_atomic(&note, one.original.as_os_str().as_bytes(), 0o600)?;
+        report.did(format!("saved {} from the gateway's open files", one.original.display()));
+        saved.push(Saved { copy: one.file, live: one.original });
+    }
+    Ok(saved)
+}
+
+/// What a try that was killed had saved and not yet put back, the newest of each.
+fn left_by_an_earlier_try(bench: &Bench<'_>, choice: &Choice, saved: &[Saved]) -> Result<Vec<Saved>> {
+    let mut notes: Vec<(std::time::SystemTime, PathBuf)> = Vec::new();
+    for dir in std::fs::read_dir(bench.quarantine.join("salvaged")).into_iter().flatten().flatten() {
+        for file in std::fs::read_dir(dir.path()).into_iter().flatten().flatten() {
+            if file.file_name().as_bytes().ends_with(BELONGS.as_bytes()) {
+                let written = file.metadata().and_then(|m| m.modified());
+                notes.push((written.unwrap_or(std::time::UNIX_EPOCH), file.path()));
+            }
         }
     }
+    notes.sort();
+    let mut left: Vec<Saved> = Vec::new();
+    for (_, note) in notes.into_iter().rev() {
+        let bytes = host::files::read_bounded(&note, BELONGS_LIMIT_BYTES)?;
+        let live = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes));
+        let copy = note.with_extension("");
+        let wanted = choice.databases.contains(&live)
+            || choice.missing.contains(&Class::State)
+            || choice.missing.contains(&Class::Sessions);
+        let known = saved.iter().chain(&left).any(|s| s.live == live || s.copy == copy);
+        if wanted && !known && copy.is_file() && live.starts_with(resolved(&bench.node.state_dir)) {
+            left.push(Saved { copy, live });
+        }
+    }
+    Ok(left)
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// Puts a rescued database where it was. The copy stays in the quarantine, and so does what the ending gateway may have
 /// made anew in its place: main file, `-wal` and `-shm` always move as one set.
 fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()> {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+    use std::os::unix::fs::MetadataExt;
     let what = || format!("put {} back", saved.live.display());
     let dir = saved.live.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
-    std::fs::create_dir_all(dir).context(what)?;
-    let name = saved.live.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let beside = dir.join(format!(".{name}.koboshi"));
-    std::fs::copy(&saved.copy, &beside).context(what)?;
-    let meta = std::fs::metadata(dir).context(what)?;
-    std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600)).context(what)?;
-    std::os::unix::fs::chown(&beside, Some(meta.uid()), Some(meta.gid())).context(what)?;
-    std::fs::File::open(&beside).and_then(|f| f.sync_all()).context(what)?;
+    let top = make_dirs(&resolved(&bench.node.state_dir), dir).context(what)?;
+    let meta = std::fs::File::from(rustix::io::dup(&top).context(what)?).metadata().context(what)?;
+    let name = saved.live.file_name().unwrap_or_default();
+    // The directory belongs to the node's user: nothing planted there is followed, opened or given away.
+    let tmp = format!(".koboshi-{}-{}", std::process::id(), host::clock::now().ms);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(&top, &tmp, flags, Mode::RUSR | Mode::WUSR).context(what)?;
+    let mut file = std::fs::File::from(fd);
+    let written = (|| {
+        std::io::copy(&mut std::fs::File::open(&saved.copy)?, &mut file)?;
+        std::os::unix::fs::fchown(&file, Some(meta.uid()), Some(meta.gid()))?;
+        file.sync_all()
+    })();
+    if let Err(e) = written {
+        let _ = rustix::fs::unlinkat(&top, &tmp, AtFlags::empty());
+        return Err(Error::io(what(), &e));
+    }
     let aside = bench.quarantine.join("made-anew");
     for suffix in ["-shm", "-wal", ""] {
-        let path = dir.join(format!("{name}{suffix}"));
-        if path.exists() {
+        let path = beside(&saved.live, suffix);
+        if path.symlink_metadata().is_ok() {
             std::fs::create_dir_all(&aside).context(what)?;
             host::exchange::move_aside(&path, &aside)?;
         }
     }
-    std::fs::rename(&beside, &saved.live).context(what)?;
-    host::files::sync_dir(dir)?;
+    rustix::fs::renameat_with(&top, &tmp, &top, name, RenameFlags::NOREPLACE)
+        .or_else(|e| match e {
+            rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS => {
+                rustix::fs::renameat(&top, &tmp, &top, name)
+            }
+            other => Err(other),
+        })
+        .context(what)?;
+    rustix::fs::fsync(&top).context(what)?;
+    let _ = std::fs::remove_file(beside(&saved.copy, BELONGS));
     report.did(format!("{} is back with everything that was written to it", saved.live.display()));
     Ok(())
+}
+
+/// Opens `dir`, which lies below `top`, making what is missing of the way as `top`'s owner; follows no link below it.
+fn make_dirs(top: &Path, dir: &Path) -> std::io::Result<std::os::fd::OwnedFd> {
+    use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut at = match rustix::fs::open(top, flags, Mode::empty()) {
+        Err(rustix::io::Errno::NOENT) => {
+            // All of it is gone; the directory above says whose it is.
+            use std::os::unix::fs::MetadataExt;
+            rustix::fs::mkdir(top, Mode::RWXU)?;
+            let made = rustix::fs::open(top, flags | OFlags::NOFOLLOW, Mode::empty())?;
+            let above = std::fs::metadata(top.parent().unwrap_or(top))?;
+            std::os::unix::fs::fchown(&made, Some(above.uid()), Some(above.gid()))?;
+            made
+        }
+        other => other?,
+    };
+    let owner = rustix::fs::fstat(&at)?;
+    let below = dir.strip_prefix(top).map_err(std::io::Error::other)?;
+    for part in below.components() {
+        let std::path::Component::Normal(part) = part else {
+            return Err(std::io::Error::other("its path is not a plain one"));
+        };
+        let made = match rustix::fs::mkdirat(&at, part, Mode::RWXU) {
+            Ok(()) => true,
+            Err(rustix::io::Errno::EXIST) => false,
+            Err(e) => return Err(e.into()),
+        };
+        let next = rustix::fs::openat(&at, part, flags | OFlags::NOFOLLOW, Mode::empty())?;
+        if made {
+            let (uid, gid) = (Uid::from_raw(owner.st_uid), Gid::from_raw(owner.st_gid));
+            rustix::fs::chownat(&next, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+        }
+        at = next;
+    }
+    Ok(at)
 }
 
 /// Repairs what `choice` allows from the newest trusted snapshot whose gates are open and whose bytes prove right.
@@ -300,7 +413,7 @@ fn trusted_newest_first(store: &Store) -> Result<Vec<SnapshotInfo>> {
 /// Whether this snapshot may be used for this repair at all.
 fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result::Result<(), String> {
     let databases_too =
-        choice.databases.contains(&bench.node.state_db()) || choice.missing.contains(&Class::State);
+        choice.databases.contains(&resolved(&bench.node.state_db())) || choice.missing.contains(&Class::State);
     if choice.converge.contains(&Class::Program) && !databases_too {
         // The program of that snapshot served a database of this schema; a newer one it may not be able to read.
         let served = info.baseline.get("schema").and_then(serde_json::Value::as_u64);
@@ -393,6 +506,110 @@ mod tests {
         let choice = Choice::of(&node, &[finding]);
         assert_eq!(choice.databases, BTreeSet::from([node.state_db()]));
         assert!(choice.missing.is_empty(), "files beside the database are not taken back");
+    }
+
+    struct Nobody;
+
+    impl host::service::Manager for Nobody {
+        fn kind(&self) -> &'static str {
+            "nobody"
+        }
+        fn look(&mut self, _: host::clock::Deadline) -> Result<host::service::ServiceState> {
+            Ok(host::service::ServiceState::unknown())
+        }
+        fn clear_latch(&mut self, _: host::clock::Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn start(&mut self, _: host::clock::Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn stop(
+            &mut self,
+            _: std::time::Duration,
+            _: host::clock::Deadline,
+        ) -> Result<host::service::Stopped> {
+            Ok(host::service::Stopped::Clean { took_ms: 0 })
+        }
+        fn hold(&mut self, _: host::clock::Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn release(&mut self, _: host::clock::Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn reload(&mut self, _: host::clock::Deadline) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn bench<'a>(node: &'a Node, manager: &'a mut Nobody, dir: &Path) -> Bench<'a> {
+        Bench {
+            node,
+            manager,
+            store: None,
+            baseline: None,
+            quarantine: dir.join("quarantine/00000001"),
+            spares: Vec::new(),
+            deadline: host::clock::Deadline::after(std::time::Duration::from_secs(30)),
+        }
+    }
+
+    #[test]
+    fn what_a_killed_try_had_saved_is_put_back_by_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, dir.path());
+        let saved = bench.quarantine.join("salvaged/1");
+        std::fs::create_dir_all(&saved).unwrap();
+        let copy = saved.join("0-openclaw.sqlite");
+        std::fs::write(&copy, b"the newest rows").unwrap();
+        std::fs::write(beside(&copy, BELONGS), node.state_db().as_os_str().as_bytes()).unwrap();
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        // There is no store, so the rest of the class cannot be repaired: what was saved is back all the same.
+        let _ = work(&mut bench, &findings, false, false);
+        assert_eq!(std::fs::read(node.state_db()).unwrap(), b"the newest rows");
+        assert!(copy.exists(), "the copy stays");
+        assert!(!beside(&copy, BELONGS).exists(), "and is not put back a second time");
+    }
+
+    #[test]
+    fn nothing_that_the_nodes_user_planted_is_followed_or_given_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let bench = bench(&node, &mut manager, dir.path());
+        let copy = dir.path().join("copy");
+        std::fs::write(&copy, b"rows").unwrap();
+        let saved = Saved { copy, live: node.state_db() };
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, b"root's").unwrap();
+        let state = node.state_db().parent().unwrap().to_owned();
+        // A link in the database's place, and one in the place of its directory.
+        std::fs::create_dir_all(&state).unwrap();
+        std::os::unix::fs::symlink(&victim, node.state_db()).unwrap();
+        std::os::unix::fs::symlink(&victim, state.join(".openclaw.sqlite.koboshi")).unwrap();
+        put_back(&bench, &saved, &mut Report::default()).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"root's");
+        assert!(node.state_db().symlink_metadata().unwrap().is_file());
+        std::fs::remove_dir_all(&state).unwrap();
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &state).unwrap();
+        assert!(put_back(&bench, &saved, &mut Report::default()).is_err());
+        assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_state_directory_that_is_gone_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let bench = bench(&node, &mut manager, dir.path());
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        let copy = dir.path().join("copy");
+        std::fs::write(&copy, b"rows").unwrap();
+        put_back(&bench, &Saved { copy, live: node.state_db() }, &mut Report::default()).unwrap();
+        assert_eq!(std::fs::read(node.state_db()).unwrap(), b"rows");
     }
 
     #[test]

@@ -33,8 +33,9 @@ fn root(name: &str, path: &Path, class: Class) -> Root {
     Root { name: name.into(), path: resolved(path), class, exclude: Vec::new(), only: None }
 }
 
-/// The path without symlinks, as far as it exists.
-fn resolved(path: &Path) -> PathBuf {
+/// The path without symlinks, as far as it exists: as roots, the kernel and the store know it.
+#[must_use]
+pub fn resolved(path: &Path) -> PathBuf {
     for at in path.ancestors() {
         if let Ok(real) = at.canonicalize() {
             return match path.strip_prefix(at) {

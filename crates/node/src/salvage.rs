@@ -52,7 +52,8 @@ pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<V
     if gateway.uid() != Some(node.ids.uid) {
         return Err(Error::new(Kind::Denied, what(), "it is not a process of the node's user"));
     }
-    let open = deleted(gateway, &node.state_dir);
+    // The kernel names open files by their real paths.
+    let open = deleted(gateway, &crate::roots::resolved(&node.state_dir));
     if !open.is_empty() {
         std::fs::create_dir_all(dest).context(|| format!("making {}", dest.display()))?;
     }
@@ -105,7 +106,9 @@ fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
     found
 }
 
-/// Tries the main file with each of the logs and without one; the first that folds and passes its check is taken.
+/// Tries the main file with each of the logs and without one; the first that folds and passes its check is taken. When
+/// none does, the bytes are kept as they are, main file and logs side by side: they may be the last ones there are, and
+/// somebody may yet read them.
 fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>> {
     let mut last = None;
     for log in logs.iter().map(|l| Some(*l)).chain([None]) {
@@ -122,10 +125,20 @@ fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>
         }
     }
     match last {
-        Some(e) if e.kind == Kind::Corrupt => Ok(None),
+        Some(e) if !matches!(e.kind, Kind::NoSpace | Kind::TimedOut) => raw(main, logs, to).map(|()| None),
         Some(e) => Err(e),
         None => Ok(None),
     }
+}
+
+/// The bytes as they are.
+fn raw(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<()> {
+    let damaged = beside(to, ".damaged");
+    copy_bounded(&main.fd, &damaged, SALVAGE_LIMIT_BYTES)?;
+    for (n, log) in logs.iter().enumerate() {
+        copy_bounded(&log.fd, &beside(&damaged, &format!("-wal.{n}")), SALVAGE_LIMIT_BYTES)?;
+    }
+    Ok(())
 }
 
 fn one(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<Salvaged> {
@@ -266,6 +279,44 @@ mod tests {
         let left: Vec<_> = std::fs::read_dir(&dest).expect("dir").flatten().collect();
         assert_eq!(left.len(), 1, "one whole file: {left:?}");
         drop(writer);
+    }
+
+    #[test]
+    fn a_state_directory_behind_a_link_is_the_same() {
+        let dir = tempfile::tempdir().expect("dir");
+        let mut node = node_at(dir.path());
+        let real = node.state_dir.clone();
+        let writer = state_db(&node.state_db(), Some("the-device"), 7);
+        node.state_dir = dir.path().join("link");
+        std::os::unix::fs::symlink(&real, &node.state_dir).expect("link");
+        for suffix in ["", "-wal", "-shm"] {
+            std::fs::remove_file(beside(&node.state_db(), suffix)).expect("rm");
+        }
+        let us = ProcessId::current().expect("us");
+        let saved = from_open_files(&node, us, &dir.path().join("saved")).expect("salvage");
+        assert_eq!(saved.len(), 1, "{saved:?}");
+        assert_eq!(saved[0].original, crate::roots::resolved(&node.state_db()));
+        drop(writer);
+    }
+
+    #[test]
+    fn a_damaged_one_is_kept_as_it_is() {
+        let dir = tempfile::tempdir().expect("dir");
+        let node = node_at(dir.path());
+        let path = node.state_db();
+        std::fs::create_dir_all(path.parent().expect("parent")).expect("mkdir");
+        let bytes =
+            b"SQLite format 3\0 and then nothing that SQLite would read, but somebody might".repeat(64);
+        std::fs::write(&path, &bytes).expect("write");
+        let held = File::open(&path).expect("open");
+        std::fs::remove_file(&path).expect("rm");
+        let dest = dir.path().join("saved");
+        let us = ProcessId::current().expect("us");
+        assert_eq!(from_open_files(&node, us, &dest).expect("salvage"), []);
+        let kept: Vec<_> = std::fs::read_dir(&dest).expect("dir").flatten().map(|e| e.path()).collect();
+        assert_eq!(kept.len(), 1, "{kept:?}");
+        assert_eq!(std::fs::read(&kept[0]).expect("read"), bytes);
+        drop(held);
     }
 
     #[test]

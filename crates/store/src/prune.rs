@@ -100,11 +100,12 @@ pub(crate) fn run(layout: &Layout, limit_bytes: u64, deadline: Deadline) -> Resu
     for id in &done.removed {
         layout.remove_head(id)?;
     }
-    // A snapshot whose record cannot be read may be mended by hand: its manifests stay as long as there is room.
-    if bad.is_empty() || full {
+    // A snapshot whose record cannot be read may be mended by hand: its manifests and objects stay as long as there is
+    // room. Nobody can tell them from what is needed by none.
+    if bad.is_empty() || full || done.before_bytes > limit_bytes {
         remove_trees(layout, &kept)?;
+        collect(layout, &objects, &needed, deadline)?;
     }
-    collect(layout, &objects, &needed, deadline)?;
     done.after_bytes = size(layout)?.bytes;
     Ok(done)
 }

@@ -4,6 +4,7 @@ use crate::beneath::{DIR, Stat};
 use crate::content::late;
 use crate::key::{Domain, Name};
 use crate::layout::Layout;
+use crate::pack::{ObjectReader, Objects};
 use crate::quarantine::remove_tree;
 use crate::tree::{CHUNK_BYTES, DATABASE_CHUNK_BYTES};
 use engine::words::Class;
@@ -69,9 +70,11 @@ pub(crate) fn run(
     let now = host::clock::wall().as_second();
     users.retain(|p| now - p.age_key > i64::from(keep_days) * DAY_SECONDS);
     if !users.is_empty() {
-        let known = trusted_names(layout, &heads, deadline)?;
+        let objects = Objects::load(&layout.packs(), &layout.key)?;
+        let names = trusted_names(layout, &heads, deadline)?;
+        let mut known = Known { names, reader: ObjectReader::new(&objects, &layout.key), buffer: Vec::new() };
         for part in users {
-            freed += remove_known(layout, &part.path, &known, deadline)?;
+            freed += remove_known(layout, &part.path, &mut known, deadline)?;
         }
     }
     for incident in entries(quarantine)? {
@@ -144,8 +147,22 @@ fn trusted_names(
     Ok(names)
 }
 
+/// What trusted snapshots hold: a name in a manifest is a promise, the object itself is the proof.
+struct Known<'a> {
+    names: HashSet<Name>,
+    reader: ObjectReader<'a>,
+    buffer: Vec<u8>,
+}
+
+impl Known<'_> {
+    fn holds(&mut self, name: &Name) -> bool {
+        self.buffer.clear();
+        self.names.contains(name) && self.reader.read(name, Domain::Keyed, &mut self.buffer).is_ok()
+    }
+}
+
 /// Removes the files of which every byte is in a trusted snapshot; the others stay.
-fn remove_known(layout: &Layout, path: &Path, known: &HashSet<Name>, deadline: Deadline) -> Result<u64> {
+fn remove_known(layout: &Layout, path: &Path, known: &mut Known<'_>, deadline: Deadline) -> Result<u64> {
     let meta = path.symlink_metadata().context(|| format!("looking at {}", path.display()))?;
     let mut freed = 0;
     if meta.is_dir() {
@@ -164,7 +181,7 @@ fn remove_known(layout: &Layout, path: &Path, known: &HashSet<Name>, deadline: D
     Ok(freed)
 }
 
-fn is_known(layout: &Layout, path: &Path, known: &HashSet<Name>, deadline: Deadline) -> Result<bool> {
+fn is_known(layout: &Layout, path: &Path, known: &mut Known<'_>, deadline: Deadline) -> Result<bool> {
     let what = || format!("reading {}", path.display());
     let file = File::open(path).context(what)?;
     let size = file.metadata().context(what)?.len();
@@ -177,7 +194,7 @@ fn is_known(layout: &Layout, path: &Path, known: &HashSet<Name>, deadline: Deadl
             }
             let want = usize::try_from((size - at).min(u64::from(chunk))).unwrap_or(0);
             file.read_exact_at(&mut buffer[..want], at).context(what)?;
-            all = known.contains(&layout.key.name(Domain::Keyed, &buffer[..want]));
+            all = known.holds(&layout.key.name(Domain::Keyed, &buffer[..want]));
             at += want as u64;
         }
         if all {

@@ -256,3 +256,45 @@ fn quarantines_shrink_by_the_rules() {
     }
     assert!(q.join("1/notes/new").exists() && q.join("2/notes/new").exists());
 }
+
+#[test]
+fn prune_takes_nothing_of_a_snapshot_whose_record_cannot_be_read() {
+    let place = Place::new();
+    let first = place.take_good();
+    fs::write(place.live.join("dist/mine.bin"), common::noise(7, 700_000)).unwrap();
+    let damaged = place.take_good();
+    fs::remove_file(place.live.join("dist/mine.bin")).unwrap();
+    fs::write(place.live.join("dist/other"), b"x").unwrap();
+    let head = place.dir.join(format!("store/snapshots/{}.snapshot", damaged.id));
+    let whole = fs::read(&head).unwrap();
+    flip(&head, whole.len() / 2);
+    place.take_good();
+    place.store.prune(u64::MAX, soon()).unwrap();
+    // Mended by hand, from a backup of that one small file: everything it names must be there.
+    fs::write(&head, whole).unwrap();
+    let report = place.store.verify(Some(&damaged.id), soon()).unwrap();
+    assert_eq!(report.bad, [], "{first:?}");
+}
+
+#[test]
+fn a_quarantined_byte_stays_while_its_only_object_is_damaged() {
+    let mut place = Place::new();
+    let notes = place.dir.join("notes");
+    fs::create_dir(&notes).unwrap();
+    let bytes = common::noise(11, 300_000);
+    fs::write(notes.join("a"), &bytes).unwrap();
+    place.roots.push(common::root("notes", &notes, engine::words::Class::Workspace));
+    place.take_good();
+    let kept = place.dir.join("quarantine/1/notes/a");
+    fs::create_dir_all(kept.parent().unwrap()).unwrap();
+    fs::write(&kept, &bytes).unwrap();
+    for pack in place.files_in("packs") {
+        let length = fs::metadata(&pack).unwrap().len() as usize;
+        for at in (64..length).step_by(997) {
+            flip(&pack, at);
+        }
+    }
+    std::thread::sleep(std::time::Duration::from_millis(2_100));
+    let _ = store::trim_quarantine(&place.dir.join("quarantine"), &place.store, 0, 0, soon());
+    assert!(kept.exists(), "the snapshot names these bytes and no longer has them");
+}

@@ -17,6 +17,8 @@ use store::{Depth, Difference, DifferenceKind, SnapshotInfo, Store};
 
 /// Differences kept in a report; the repair looks again by itself.
 const MAX_DIFFERENCES: usize = 256;
+/// Of a look's time, this much may go into databases and the rest of the triage.
+const TRIAGE_LIMIT: std::time::Duration = std::time::Duration::from_secs(8);
 /// Evidence lines of one finding.
 const MAX_EVIDENCE: usize = 8;
 /// The classes that converge to the snapshot and are watched on disk.
@@ -86,7 +88,9 @@ pub fn examine(
         Care::Thorough => (triage::Depth::Full, Depth::Hash),
     };
     let unknown = Baseline::default();
-    let mut findings = triage::examine(node, baseline.unwrap_or(&unknown), depth, deadline);
+    // A large database must not cost the whole look: what cannot be checked in time is unknown, not broken.
+    let for_triage = deadline.min(Deadline::after(TRIAGE_LIMIT));
+    let mut findings = triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
     let trusted = match store {
         Some(store) => store.newest_trusted(None)?,
         None => None,
@@ -131,7 +135,8 @@ fn only_what_can_be_mended(
 ) {
     for finding in findings {
         let users = finding.class.is_some_and(|c| !c.converges() && c != Class::Config);
-        let asks = matches!(finding.kind, FaultKind::RootMissing | FaultKind::DatabaseCorrupt | FaultKind::Amnesia);
+        let asks =
+            matches!(finding.kind, FaultKind::RootMissing | FaultKind::DatabaseCorrupt | FaultKind::Amnesia);
         if !users || !asks || !node.state_dir.is_dir() {
             continue;
         }

@@ -150,7 +150,11 @@ impl Choice {
 
 /// The databases that a finding names.
 fn named(finding: &Finding) -> impl Iterator<Item = PathBuf> {
-    finding.evidence.iter().filter(|e| e.starts_with('/') && e.ends_with(".sqlite")).map(|e| resolved(Path::new(e)))
+    finding
+        .evidence
+        .iter()
+        .filter(|e| e.starts_with('/') && e.ends_with(".sqlite"))
+        .map(|e| resolved(Path::new(e)))
 }
 
 /// What was there and is other or gone; something new beside it is the user's and stays.
@@ -388,7 +392,9 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
             continue;
         }
         match repair_from(bench, store, info, choice, depth, report) {
-            Ok(()) => return Ok(()),
+            // The newest one is what lies there already, and it does not start: an older one may.
+            Ok(false) if choice.thorough => {}
+            Ok(_) => return Ok(()),
             Err(e) => {
                 report.could_not(format!("snapshot {}: {e}", info.id));
                 last = Some(e);
@@ -399,7 +405,7 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
         Error::new(
             Kind::NotFound,
             "restore from a snapshot",
-            "the gates of every trusted snapshot are closed",
+            "every trusted snapshot is what lies there already, or its gates are closed",
         )
     }))
 }
@@ -412,8 +418,8 @@ fn trusted_newest_first(store: &Store) -> Result<Vec<SnapshotInfo>> {
 
 /// Whether this snapshot may be used for this repair at all.
 fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result::Result<(), String> {
-    let databases_too =
-        choice.databases.contains(&resolved(&bench.node.state_db())) || choice.missing.contains(&Class::State);
+    let databases_too = choice.databases.contains(&resolved(&bench.node.state_db()))
+        || choice.missing.contains(&Class::State);
     if choice.converge.contains(&Class::Program) && !databases_too {
         // The program of that snapshot served a database of this schema; a newer one it may not be able to read.
         let served = info.baseline.get("schema").and_then(serde_json::Value::as_u64);
@@ -428,6 +434,7 @@ fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result:
     }
 }
 
+/// `false` when nothing differed that may be touched.
 fn repair_from(
     bench: &Bench<'_>,
     store: &Store,
@@ -435,12 +442,12 @@ fn repair_from(
     choice: &Choice,
     depth: Depth,
     report: &mut Report,
-) -> Result<()> {
+) -> Result<bool> {
     let differences = store.compare(&info.id, &choice.classes(), depth, bench.deadline)?;
     let wanted: Vec<Difference> = differences.into_iter().filter(|d| choice.wants(info, d)).collect();
     if wanted.is_empty() {
         report.did(format!("nothing differs from snapshot {}", info.id));
-        return Ok(());
+        return Ok(false);
     }
     let repaired = store.repair(&info.id, Scope::Differences(&wanted), &bench.plan(), bench.deadline)?;
     report.did(format!(
@@ -455,7 +462,7 @@ fn repair_from(
         repaired.quarantined,
         if repaired.from_spare.is_empty() { "" } else { "; the spare was swapped in" },
     ));
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]

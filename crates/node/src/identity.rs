@@ -38,21 +38,26 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// What was there before and of which nothing is left, in words.
+    /// What was there before when nothing at all is left of it, in words. One kind alone that is gone is what an owner
+    /// does (the last device revoked, the sessions cleared), and no amnesia: only all kinds at once, and at least two.
     #[must_use]
     pub fn fallen_to_zero(&self, now: &Counts) -> Vec<&'static str> {
+        /// Kinds that must have fallen together.
+        const TOGETHER: usize = 2;
         let pairs = [
             (self.paired, now.paired, "paired devices"),
-            (self.jobs, now.jobs, "scheduled jobs"),
+            // Jobs do not count: a fresh database gets some of the program's own by itself.
             (self.sessions, now.sessions, "sessions"),
             (self.transcript, now.transcript, "transcripts"),
             (self.agents, now.agents, "agent databases"),
         ];
-        pairs
-            .into_iter()
-            .filter(|(before, after, _)| *before > 0 && *after == 0)
-            .map(|(_, _, what)| what)
-            .collect()
+        let had: Vec<_> = pairs.into_iter().filter(|(before, _, _)| *before > 0).collect();
+        let all_gone = had.iter().all(|(_, after, _)| *after == 0);
+        if all_gone && had.len() >= TOGETHER {
+            had.into_iter().map(|(_, _, what)| what).collect()
+        } else {
+            Vec::new()
+        }
     }
 }
 
@@ -548,6 +553,10 @@ pub(crate) mod tests {
         assert_eq!(
             many.fallen_to_zero(&Counts { jobs: 3, ..Counts::default() }),
             ["paired devices", "transcripts"]
+        );
+        assert!(
+            many.fallen_to_zero(&Counts { transcript: 9, ..Counts::default() }).is_empty(),
+            "an owner may revoke the last device"
         );
         assert!(Counts::default().fallen_to_zero(&Counts::default()).is_empty());
         assert!(

@@ -89,7 +89,7 @@ fn baseline() -> Baseline {
     Baseline {
         version: Some("2026.9.6".into()),
         device_id: Some("me".into()),
-        counts: Counts { paired: 2, jobs: 4, ..Counts::default() },
+        counts: Counts { paired: 2, sessions: 2, jobs: 4, ..Counts::default() },
         onboarded: Some("then".into()),
         ..Baseline::default()
     }
@@ -566,14 +566,16 @@ fn channels_and_what_failed_before_may_fail() {
 #[test]
 fn identity_is_held_against_the_baseline() {
     let known = identified;
-    let full = Counts { paired: 1, jobs: 3, ..Counts::default() };
+    let full = Counts { paired: 1, sessions: 2, jobs: 3, ..Counts::default() };
     let none = Counts { jobs: 3, ..Counts::default() };
+    let revoked = Counts { sessions: 2, jobs: 3, ..Counts::default() };
     type Case = (&'static str, Option<IdentityLook>, bool, &'static [FaultKind]);
     let table: Vec<Case> = vec![
         ("the same", known(Some("me"), full, "then"), true, &[]),
         ("another", known(Some("you"), full, "then"), false, &[FaultKind::Amnesia]),
         ("none", known(None, full, "then"), false, &[FaultKind::Amnesia]),
         ("fallen to zero", known(Some("me"), none, "then"), false, &[FaultKind::Amnesia]),
+        ("the last device revoked", known(Some("me"), revoked, "then"), true, &[]),
         ("onboarded afresh", known(Some("you"), none, "now"), true, &[FaultKind::Notice]),
         ("unreadable", Some(IdentityLook::Unreadable { why: "gone".into() }), true, &[]),
         ("not read", None, true, &[]),

@@ -75,9 +75,11 @@ impl Book {
                 }
                 book.journal = Some(journal);
                 book.fold(&payloads, &mut words);
+                book.take_fallback(&mut words);
             }
             Err(e) => {
                 words.push(format!("{e}; going on in {}", places.journal_fallback().display()));
+                book.take_fallback(&mut words);
                 book.lose();
             }
         }
@@ -97,6 +99,46 @@ impl Book {
             let _ = engine::apply(&mut state, record);
         }
         Ok((state, records))
+    }
+
+    /// What an agent before this one could only write to the run directory, in this very boot, is the newer truth.
+    fn take_fallback(&mut self, words: &mut Vec<String>) {
+        let path = self.places.journal_fallback();
+        let Ok((payloads, _)) = Journal::read(&path) else {
+            return;
+        };
+        let records: Vec<Record> = payloads.iter().filter_map(|p| serde_json::from_slice(p).ok()).collect();
+        let mut state = State::default();
+        for record in &records {
+            let _ = engine::apply(&mut state, record);
+        }
+        let now = host::clock::now();
+        let this_boot = state.last.is_some_and(|last| last.boot == now.boot);
+        let newer = this_boot
+            && match (state.last, self.state.last) {
+                (Some(theirs), Some(ours)) => ours.boot != theirs.boot || theirs.ms > ours.ms,
+                (Some(_), None) => true,
+                (None, _) => false,
+            };
+        if newer {
+            words.push(format!("{} records were kept in {} only", records.len(), path.display()));
+            self.state = state;
+            self.told = records;
+            self.checkpoint(now);
+        }
+        if self.journal.is_some() {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+
+    /// Makes the journal say what is known, in one record.
+    fn checkpoint(&mut self, now: Moment) {
+        if let (Some(journal), Ok(text)) =
+            (&mut self.journal, serde_json::to_vec(&self.state.checkpoint(now)))
+            && journal.rewrite(&[text]).is_err()
+        {
+            self.lose();
+        }
     }
 
     fn fold(&mut self, payloads: &[Vec<u8>], words: &mut Vec<String>) {
@@ -159,24 +201,34 @@ impl Book {
             None if self.tried.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < TRY_AGAIN_MS) => {}
             None => {
                 self.tried = Some(now);
-                if let Ok((mut journal, _, _)) = Journal::open(&self.places.journal())
-                    && let Ok(checkpoint) = serde_json::to_vec(&self.state.checkpoint(now))
-                    && journal.rewrite(&[checkpoint]).is_ok()
-                {
+                if let Ok((journal, payloads, _)) = Journal::open(&self.places.journal()) {
+                    self.never_less_than(&payloads);
                     self.journal = Some(journal);
-                    self.fallback = None;
+                    self.checkpoint(now);
+                    if self.journal.is_some() {
+                        self.fallback = None;
+                        let _ = std::fs::remove_file(self.places.journal_fallback());
+                    }
                 }
             }
-            Some(journal) if journal.room_left() < LEAST_ROOM_BYTES => {
-                if let (Ok(checkpoint), Some(journal)) =
-                    (serde_json::to_vec(&self.state.checkpoint(now)), &mut self.journal)
-                    && journal.rewrite(&[checkpoint]).is_err()
-                {
-                    self.lose();
-                }
-            }
+            Some(journal) if journal.room_left() < LEAST_ROOM_BYTES => self.checkpoint(now),
             Some(_) => {}
         }
+    }
+
+    /// A journal that could not be read when this agent began may know more: numbers given there are never given
+    /// again, and an incident that only it knows goes on.
+    fn never_less_than(&mut self, payloads: &[Vec<u8>]) {
+        let mut theirs = State::default();
+        for record in payloads.iter().filter_map(|p| serde_json::from_slice(p).ok()) {
+            let _ = engine::apply(&mut theirs, &record);
+        }
+        if self.state.seq == 0 {
+            self.state = theirs;
+            return;
+        }
+        self.state.ids = self.state.ids.max(theirs.ids);
+        self.state.incidents = self.state.incidents.max(theirs.incidents);
     }
 
     /// Keeps the incident that was just closed as a file of its own.
@@ -210,6 +262,13 @@ impl Book {
     fn lose(&mut self) {
         self.journal = None;
         self.fallback = Journal::open(&self.places.journal_fallback()).ok().map(|(journal, _, _)| journal);
+        // The fallback begins with all that is known, so that the next agent of this boot can go on from it alone.
+        let now = host::clock::now();
+        if let (Some(fallback), Ok(text)) =
+            (&mut self.fallback, serde_json::to_vec(&self.state.checkpoint(now)))
+        {
+            let _ = fallback.rewrite(&[text]);
+        }
     }
 }
 
@@ -339,6 +398,48 @@ mod tests {
         let (book, words) = Book::open(&places).unwrap();
         assert!(words.is_empty(), "{words:?}");
         assert!(book.state().incident.is_some(), "what was only in memory is in the journal now");
+    }
+
+    #[test]
+    fn the_next_agent_of_this_boot_finds_what_only_the_run_directory_took() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        std::fs::create_dir(places.journal()).unwrap();
+        let (mut book, _) = Book::open(&places).unwrap();
+        let now = host::clock::now();
+        let record = book.state().open(now, IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+        assert_eq!(book.write(record), Written::Yes);
+        drop(book);
+        // Still lost: the second agent goes on from the run directory.
+        let (book, _) = Book::open(&places).unwrap();
+        assert!(book.state().incident.is_some());
+        drop(book);
+        // Back: the third takes it over into the journal.
+        std::fs::remove_dir(places.journal()).unwrap();
+        let (book, words) = Book::open(&places).unwrap();
+        assert!(book.journal_ok(), "{words:?}");
+        assert!(book.state().incident.is_some(), "{words:?} {:?}", book.state());
+        assert!(!places.journal_fallback().exists());
+        assert!(Book::read(&places).unwrap().0.incident.is_some());
+    }
+
+    #[test]
+    fn numbers_given_by_an_unreadable_journal_are_never_given_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, _) = Book::open(&places).unwrap();
+        open_incident(&mut book, 10);
+        drop(book);
+        let aside = dir.path().join("aside");
+        std::fs::rename(places.journal(), &aside).unwrap();
+        std::fs::create_dir(places.journal()).unwrap();
+        let (mut book, _) = Book::open(&places).unwrap();
+        assert!(book.state().incident.is_none());
+        std::fs::remove_dir(places.journal()).unwrap();
+        std::fs::rename(&aside, places.journal()).unwrap();
+        book.tidy(host::clock::now());
+        assert_eq!(book.state().incidents, 1);
+        assert!(book.state().incident.is_some(), "the incident that only the journal knew goes on");
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub struct Daily {
     state_seen: Option<u64>,
     config_seen: Option<u64>,
     baseline_at: Option<Moment>,
+    /// The owner asked for a new baseline: also in the middle of an incident, which may be about just that.
+    accepted: bool,
     stale_told: Option<Moment>,
     trouble: Option<String>,
     settled: bool,
@@ -83,6 +85,7 @@ impl Daily {
             state_seen: None,
             config_seen: None,
             baseline_at: None,
+            accepted: false,
             stale_told: None,
             trouble: None,
             settled: false,
@@ -113,6 +116,7 @@ impl Daily {
 
     pub(super) fn accept(&mut self, now: Moment) {
         self.baseline_at = Some(now);
+        self.accepted = true;
         self.snapshot_at = Some((now, Vec::new(), "accepted by the owner".into()));
         self.settled = false;
     }
@@ -326,7 +330,10 @@ impl Agent {
         let state_now = stamp(&self.state_files());
         if exam.snapshot.is_none() {
             self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));
-        } else if exam.version.is_some() && exam.version != self.node.package_version() {
+        } else if exam.version.is_some()
+            && exam.version != self.node.package_version()
+            && self.runs_what_lies_there(now)
+        {
             self.daily.snapshot_at = Some((now, Vec::new(), "a new version serves".into()));
         } else if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
             self.daily.snapshot_at = Some((now, vec![Class::Config], "the config was changed".into()));
@@ -465,6 +472,30 @@ impl Agent {
             .is_some_and(|ms| ms >= self.config.backup.settle_s * 1000)
     }
 
+    /// Whether the program on disk is the one that serves: unchanged since the gateway was started, or the very one
+    /// that is trusted already. A version that was only installed has proven nothing.
+    fn runs_what_lies_there(&self, now: Moment) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        /// `/proc/PID/stat` counts in hundredths of a second since boot.
+        const MS_PER_TICK: u64 = 10;
+        let trusted = self.exam.as_ref().is_some_and(|e| {
+            e.need == Need::Nothing && e.version.is_some() && e.version == self.node.package_version()
+        });
+        let Some(gateway) = self.gateway.as_ref().map(host::process::PidFd::id) else {
+            return false;
+        };
+        let runs_ms = now.ms.saturating_sub(gateway.start_ticks.saturating_mul(MS_PER_TICK));
+        let wall_s = clock::wall().as_second();
+        let older = |path: &std::path::Path| {
+            std::fs::metadata(path)
+                .is_ok_and(|m| u64::try_from(wall_s - m.ctime()).unwrap_or(0).saturating_mul(1000) >= runs_ms)
+        };
+        trusted
+            || [&self.node.package_dir.join("package.json"), &self.node.entry, &self.node.node_bin]
+                .iter()
+                .all(|p| older(p))
+    }
+
     fn pressed(&self) -> bool {
         let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
         over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
@@ -478,10 +509,11 @@ impl Agent {
         if !self.daily.baseline_at.is_some_and(|at| past(now, at)) {
             return;
         }
-        self.daily.baseline_at = None;
-        if self.book.state().incident.is_some() {
+        if self.book.state().incident.is_some() && !self.daily.accepted {
             return;
         }
+        self.daily.baseline_at = None;
+        self.daily.accepted = false;
         match Baseline::take(&self.node, Vec::new(), now, Deadline::after(LIMIT)) {
             Ok(baseline) => {
                 let version = baseline.version.clone();
@@ -528,8 +560,11 @@ impl Agent {
     /// A look at the disk right now, in its own container, for a decision that waits for it.
     pub(super) fn examine_now(&mut self, care: Care) -> Option<Examination> {
         /// Even a thorough look at a warm program takes a second; a stuck disk is not waited for.
-        const LIMIT: Duration = Duration::from_secs(10);
+        const LIMIT: Duration = Duration::from_secs(20);
         self.daily.make_way();
+        // A decision is never made on a look from before: without a new one nothing is known.
+        self.exam = None;
+        self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
         match self.runner.run("job-examine", Work::Examine { care }, &self.node, Some(&baseline), LIMIT) {
             Ok(Answer::Examined(exam)) => {

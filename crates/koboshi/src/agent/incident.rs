@@ -109,7 +109,10 @@ impl Agent {
         if latent {
             match ladder.applies(Layer::InPlace) {
                 Ok(rung) => {
-                    self.say(&format!("  watch: in-place would be tried for up to {} s", rung.work_most_ms / 1000));
+                    self.say(&format!(
+                        "  watch: in-place would be tried for up to {} s",
+                        rung.work_most_ms / 1000
+                    ));
                 }
                 Err(reason) => self.say(&format!("  watch: in-place would be passed: {reason}")),
             }
@@ -202,7 +205,7 @@ impl Agent {
         let clean = match incident.kind {
             IncidentKind::Outage => true,
             IncidentKind::Damage | IncidentKind::Latent => {
-                self.exam.as_ref().is_some_and(|e| matches!(e.need, Need::Nothing | Need::Later))
+                self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing)
             }
         };
         let now = clock::now();
@@ -472,11 +475,13 @@ impl Agent {
         };
         self.noticed(exam.findings.clone());
         match (layer, exam.need) {
-            (_, Need::Nothing) | (Layer::InPlace, Need::Later) => Claim::Ready { inputs: exam.inputs },
+            (_, Need::Nothing) => Claim::Ready { inputs: exam.inputs },
             // A config that is being edited keeps nothing from starting that was clean otherwise.
             (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
             // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
-            (Layer::Restore, _) if !exam.findings.iter().any(bars_a_start) => Claim::Ready { inputs: exam.inputs },
+            (Layer::Restore, _) if !exam.findings.iter().any(bars_a_start) => {
+                Claim::Ready { inputs: exam.inputs }
+            }
             (_, Need::Later | Need::InPlace | Need::Interruption) => {
                 let still = exam.findings.iter().map(|f| f.what.as_str()).collect::<Vec<_>>().join("; ");
                 nothing(format!("the disk is not whole: {still}"))
@@ -561,8 +566,7 @@ impl Agent {
             .map(|a| a.key)
             .collect();
         for key in waiting {
-            let told = keys.iter().any(|k| k.starts_with(&format!("incident-{}/", key.incident)));
-            if told {
+            if keys.contains(&self.message(key).key) {
                 self.write(Record::new(
                     clock::now(),
                     Event::AlertDone { key, result: AlertResult::Accepted },
@@ -681,9 +685,9 @@ fn outside(finding: &Finding) -> bool {
 /// Whether even after a restore no start may be asked for. The workspace, credentials and single agents' databases are
 /// read by a gateway that serves; without them it serves less, but it serves.
 fn bars_a_start(finding: &Finding) -> bool {
-    let apart = finding
-        .class
-        .is_some_and(|c| matches!(c, engine::Class::Workspace | engine::Class::Credentials | engine::Class::Sessions));
+    let apart = finding.class.is_some_and(|c| {
+        matches!(c, engine::Class::Workspace | engine::Class::Credentials | engine::Class::Sessions)
+    });
     keeps_from_starting(finding) && !apart
 }
 

@@ -487,9 +487,12 @@ fn watched(field: &mut Field, incidents: &[u64], entry: &Path, cut: &[u8]) -> Re
     let words = field.stage.agent.as_ref().map(super::stage::Agent::words).unwrap_or_default();
     let planned = words.contains("in-place would be tried");
     field.claim(planned, "the plan is told", || words.clone());
-    // The next sweep comes and finds the same; by then whatever was going to be touched has been.
+    // The same damage, written again: the next look comes at once and finds nothing new. By then whatever was going to
+    // be touched has been.
+    std::thread::sleep(STAYS_DOWN);
+    stage::overwrite(entry, cut)?;
     let again =
-        wait(STAYS_DOWN * 3, || (field.stage.incidents().ok()?.len() > incidents.len() + 1).then_some(()));
+        wait(STAYS_DOWN, || (field.stage.incidents().ok()?.len() > incidents.len() + 1).then_some(()));
     let now = field.stage.incidents()?;
     field.claim(again.is_none(), "it is told once", || format!("{incidents:?} became {now:?}"));
     let untouched = std::fs::read(entry).is_ok_and(|now| now == cut);

@@ -137,14 +137,27 @@ impl Choice {
         if path.as_ref().is_some_and(|p| self.databases.contains(p)) {
             return back_to_what_was(difference.kind);
         }
-        // A single missing file in a tree that is otherwise there is the user's own deletion.
+        // A single missing file in a tree that is otherwise there is the user's own deletion, also when another tree of
+        // the same class is gone.
         let scattered = difference.root == SCATTERED && !difference.path.as_os_str().is_empty();
         self.missing.contains(&difference.class)
             && !scattered
+            && root.is_some_and(|r| is_void(&r.path))
             && matches!(
                 difference.kind,
                 DifferenceKind::Missing | DifferenceKind::Emptied | DifferenceKind::KindChanged
             )
+    }
+}
+
+/// Whether a root is gone or emptied. An empty repository left behind counts as empty.
+fn is_void(root: &Path) -> bool {
+    match std::fs::symlink_metadata(root) {
+        Ok(meta) if meta.is_dir() => {
+            std::fs::read_dir(root).is_ok_and(|entries| entries.flatten().all(|e| e.file_name() == ".git"))
+        }
+        Ok(meta) => meta.len() == 0,
+        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
     }
 }
 
@@ -621,24 +634,30 @@ mod tests {
 
     #[test]
     fn what_the_user_added_or_changed_is_never_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let (gone, there) = (dir.path().join("gone"), dir.path().join("there"));
+        std::fs::create_dir(&there).unwrap();
+        std::fs::write(there.join("b"), "x").unwrap();
         let info: SnapshotInfo = serde_json::from_value(serde_json::json!({
             "id": "1", "number": 1, "taken": "2026-01-01T00:00:00Z", "classes": {}, "note": "", "version": null,
-            "roots": [{"name": "workspace", "path": "/w", "class": "workspace"}],
+            "roots": [{"name": "workspace", "path": gone, "class": "workspace"},
+                      {"name": "workspace-1", "path": there, "class": "workspace"}],
             "node": null, "baseline": null
         }))
         .unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let node = node(dir.path());
         let choice = Choice::of(&node, &[finding(FaultKind::RootMissing, Some(Class::Workspace), &[])]);
-        let difference = |kind| Difference {
-            root: "workspace".into(),
+        let difference = |root: &str, kind| Difference {
+            root: root.into(),
             path: PathBuf::from("a"),
             class: Class::Workspace,
             kind,
         };
-        assert!(choice.wants(&info, &difference(DifferenceKind::Missing)));
+        assert!(choice.wants(&info, &difference("workspace", DifferenceKind::Missing)));
         for kind in [DifferenceKind::Changed, DifferenceKind::Extra, DifferenceKind::ModeOrOwner] {
-            assert!(!choice.wants(&info, &difference(kind)), "{kind:?}");
+            assert!(!choice.wants(&info, &difference("workspace", kind)), "{kind:?}");
         }
+        // The other workspace is whole: what its owner deleted there stays deleted.
+        assert!(!choice.wants(&info, &difference("workspace-1", DifferenceKind::Missing)));
     }
 }

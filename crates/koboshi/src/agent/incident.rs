@@ -422,7 +422,9 @@ impl Agent {
             None => self.runner.containers.kill(&name, Deadline::after(Agent::kill_limit())),
         };
         let event = match killed {
-            Ok(emptied) => Event::Emptied { step, killed: emptied.killed, claim: self.claim(layer, said) },
+            Ok(emptied) => {
+                Event::Emptied { step, killed: emptied.killed, claim: self.claim(layer, said.as_deref()) }
+            }
             Err(e) => Event::KillFailed { step, why: e.to_string() },
         };
         self.looks_from = clock::now();
@@ -455,7 +457,7 @@ impl Agent {
     }
 
     /// What the disk says after a step, whatever the step said.
-    fn claim(&mut self, layer: Layer, said: Option<String>) -> Claim {
+    fn claim(&mut self, layer: Layer, said: Option<&str>) -> Claim {
         let nothing = |why: String| Claim::Nothing {
             why: match &said {
                 Some(said) => format!("{why} (the step said: {said})"),

@@ -103,6 +103,8 @@ pub struct Agent {
     me: ProcessId,
     /// Times a person asked for a recovery: that is new evidence too.
     nudges: u32,
+    /// Looks in a row that never came back.
+    blind: u32,
     ending: bool,
 }
 
@@ -179,6 +181,7 @@ impl Agent {
             ordered: true,
             me: ProcessId::current()?,
             nudges: 0,
+            blind: 0,
             ending: false,
             config,
             places,
@@ -464,6 +467,7 @@ impl Agent {
         let Some(look) = self.prober.take() else {
             return;
         };
+        self.blind = 0;
         let stale = look.at.since_ms(self.looks_from).is_none() || look.at.ms < self.looks_from.ms;
         if stale {
             self.next_look = clock::now();
@@ -659,8 +663,33 @@ impl Agent {
         }
     }
 
+    /// A look that has not come back hangs in the kernel (a dead disk or network file system): no deadline of ours
+    /// reaches it. It is left behind with its thread, and a new one looks; the owner is told that we are half blind.
+    fn replace_stuck_prober(&mut self, now: Moment) {
+        /// A look's own limit is 8 s.
+        const STUCK_MS: u64 = 30_000;
+        /// Threads left behind before no further one is risked: each holds its stack.
+        const LEFT_BEHIND: u32 = 8;
+        if self.prober.silent_ms(now) < STUCK_MS {
+            return;
+        }
+        self.judgement = None;
+        if self.blind == 4 {
+            self.notice(alert::Notice::OwnSide, "looks at the node have not come back for two minutes");
+        }
+        self.blind = self.blind.saturating_add(1);
+        if self.blind <= LEFT_BEHIND {
+            self.say("a look at the node did not come back; another is taken");
+            match Prober::start() {
+                Ok(prober) => self.prober = prober,
+                Err(e) => self.say(&e.to_string()),
+            }
+        }
+    }
+
     fn due_looks(&mut self) {
         let now = clock::now();
+        self.replace_stuck_prober(now);
         if !self.prober.busy() && now.ms >= self.next_look.ms {
             let well = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
             let service = self.service_state(now, well);

@@ -1,5 +1,6 @@
 //! Looks at the node on a thread of its own, so that a probe that hangs delays no other watch.
 
+use engine::Moment;
 use host::clock::Deadline;
 use host::{Context, Result};
 use node::{Look, Node, Want};
@@ -20,7 +21,7 @@ pub struct Prober {
     ask: Sender<(Node, Want)>,
     got: Receiver<Look>,
     wake: Arc<OwnedFd>,
-    busy: bool,
+    asked: Option<Moment>,
 }
 
 impl Prober {
@@ -46,18 +47,23 @@ impl Prober {
                 }
             })
             .context(|| "start the probing thread".into())?;
-        Ok(Prober { ask, got, wake, busy: false })
+        Ok(Prober { ask, got, wake, asked: None })
     }
 
     /// Whether a look is under way.
     pub fn busy(&self) -> bool {
-        self.busy
+        self.asked.is_some()
+    }
+
+    /// For how long the look under way has had no answer, in milliseconds.
+    pub fn silent_ms(&self, now: Moment) -> u64 {
+        self.asked.and_then(|at| now.since_ms(at)).unwrap_or(0)
     }
 
     /// Asks for a look, unless one is under way.
     pub fn ask(&mut self, node: &Node, want: Want) {
-        if !self.busy && self.ask.send((node.clone(), want)).is_ok() {
-            self.busy = true;
+        if self.asked.is_none() && self.ask.send((node.clone(), want)).is_ok() {
+            self.asked = Some(host::clock::now());
         }
     }
 
@@ -66,7 +72,7 @@ impl Prober {
         let mut count = [0_u8; 8];
         let _ = rustix::io::read(&*self.wake, &mut count);
         let look = self.got.try_recv().ok()?;
-        self.busy = false;
+        self.asked = None;
         Some(look)
     }
 }

@@ -247,11 +247,12 @@ impl Stage {
             .ok_or_else(|| "the agent's daily jobs did not get done".to_owned())
     }
 
-    /// Waits until a start is free within the ration, as the agent counts it.
-    pub(crate) fn ration(&self) -> Result<(), String> {
+    /// Waits until a start is free within the ration, as the agent counts it, or will be in `ahead`.
+    pub(crate) fn ration(&self, ahead: Duration) -> Result<(), String> {
+        let ahead_ms = u64::try_from(ahead.as_millis()).unwrap_or(0);
         wait(RATION_LIMIT, || {
             let free_at = self.status()?["start_free_at"]["ms"].as_u64()?;
-            (free_at <= boot_ms()).then_some(())
+            (free_at <= boot_ms() + ahead_ms).then_some(())
         })
         .ok_or_else(|| "the start ration was not free in time".to_owned())
     }

@@ -115,7 +115,7 @@ fn agent_ends(field: &mut Field) -> Result<(), String> {
 fn detection(field: &mut Field) -> Result<(), String> {
     let before = field.stage.serving(ADOPTED)?;
     let incidents = field.stage.incidents()?;
-    field.stage.ration()?;
+    field.stage.ration(Duration::ZERO)?;
     let at_ms = boot_ms();
     kill(before)?;
     let id = wait_for_incident(field, &incidents, ADOPTED)?;
@@ -152,7 +152,7 @@ fn one_gateway(field: &mut Field, before: Id) -> Result<(), String> {
 fn agent_killed_mid_climb(field: &mut Field) -> Result<(), String> {
     let before = field.stage.serving(ADOPTED)?;
     let incidents = field.stage.incidents()?;
-    field.stage.ration()?;
+    field.stage.ration(Duration::ZERO)?;
     proc::signal(&[before.pid], Signal::KILL);
     let open = wait(ADOPTED, || field.stage.status().filter(|s| s["incident"].is_object()));
     let doing = open.ok_or("no incident was opened")?["incident"]["doing"].to_string();
@@ -228,7 +228,8 @@ fn owners_will(field: &mut Field) -> Result<(), String> {
     field.claim(code == 0 && heard.is_some(), "`pause`: the agent keeps its hands off", || {
         format!("exit {code}, {told}")
     });
-    field.stage.ration()?;
+    // It is the resumption that needs a start.
+    field.stage.ration(STAYS_DOWN)?;
     kill(second)?;
     let back = wait(STAYS_DOWN, || (!field.stage.gateways().is_empty()).then_some(()));
     field.claim(back.is_none(), "a gateway that dies then stays down", || "there is one again".to_owned());

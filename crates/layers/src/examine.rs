@@ -59,6 +59,10 @@ pub struct Examination {
     pub need: Need,
     /// How the converging trees differ from the snapshot, bounded.
     pub differences: Vec<Difference>,
+    /// The living gateway holds a deleted database: what it holds can be put back without any snapshot, and is lost
+    /// with its end.
+    #[serde(default)]
+    pub rescue: bool,
     /// The snapshot that a repair would use first.
     pub snapshot: Option<String>,
     /// The age of the newest good copy of each class, in seconds.
@@ -106,13 +110,15 @@ pub fn examine(
         }
         findings.extend(damage(&differences));
     }
-    only_what_can_be_mended(node, store, trusted.as_ref(), &mut findings, deadline);
+    let rescue = findings.iter().any(of_databases) && node::salvage::held(node);
+    only_what_can_be_mended(node, store, trusted.as_ref(), rescue, &mut findings, deadline);
     let need = findings.iter().map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
     let inputs = inputs(node, &differences);
     differences.truncate(MAX_DIFFERENCES);
     Ok(Examination {
         need,
         inputs,
+        rescue,
         snapshot: trusted.as_ref().map(|t| t.id.clone()),
         version: trusted.as_ref().and_then(|t| t.version.clone()),
         ages_s: trusted.as_ref().map(ages).unwrap_or_default(),
@@ -123,6 +129,12 @@ pub fn examine(
     })
 }
 
+/// What may mean that a database is gone or another one.
+fn of_databases(finding: &Finding) -> bool {
+    matches!(finding.class, Some(Class::State | Class::Sessions))
+        && matches!(finding.kind, FaultKind::RootMissing | FaultKind::DatabaseCorrupt | FaultKind::Amnesia)
+}
+
 /// A root of the user's that is gone, or a database that is broken, is a reason to act only if there is something to
 /// bring back. Else it is the node's own business (an owner emptied it, an agent has not made it yet) and told as such:
 /// a serving gateway is never stopped for what no snapshot holds, and a fallen one is not kept from starting by it.
@@ -130,10 +142,14 @@ fn only_what_can_be_mended(
     node: &Node,
     store: Option<&Store>,
     trusted: Option<&SnapshotInfo>,
+    rescue: bool,
     findings: &mut [Finding],
     deadline: Deadline,
 ) {
     for finding in findings {
+        if rescue && of_databases(finding) {
+            continue;
+        }
         let users = finding.class.is_some_and(|c| !c.converges() && c != Class::Config);
         let asks =
             matches!(finding.kind, FaultKind::RootMissing | FaultKind::DatabaseCorrupt | FaultKind::Amnesia);
@@ -352,6 +368,34 @@ mod tests {
         ] {
             assert_eq!(need(&node, &finding(kind, class)), expected, "{kind:?} {class}");
         }
+    }
+
+    #[test]
+    fn what_only_the_living_gateway_holds_is_mendable_without_any_snapshot() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let db = node.state_db();
+        std::fs::create_dir_all(db.parent().unwrap()).unwrap();
+        std::fs::write(&db, b"rows").unwrap();
+        // This very process plays the gateway.
+        let us = host::process::ProcessId::current().unwrap();
+        let lock = node::lock::path(&node.state_dir, node.ids.uid);
+        std::fs::create_dir_all(lock.parent().unwrap()).unwrap();
+        let text = serde_json::json!({"pid": us.pid, "startTime": us.start_ticks, "configPath": "/c"});
+        std::fs::write(&lock, text.to_string()).unwrap();
+        let known = Baseline { device_id: Some("x".into()), ..Baseline::default() };
+        let gone = |held: bool| {
+            let deadline = Deadline::after(std::time::Duration::from_secs(30));
+            let exam = examine(&node, None, Some(&known), Care::Quick, deadline).unwrap();
+            assert_eq!(exam.rescue, held);
+            let state = |f: &&Finding| f.class == Some(Class::State) && f.what.contains("database");
+            exam.findings.iter().find(state).map(|f| f.kind)
+        };
+        let open = std::fs::File::open(&db).unwrap();
+        std::fs::remove_file(&db).unwrap();
+        assert_eq!(gone(true), Some(FaultKind::RootMissing));
+        drop(open);
+        assert_eq!(gone(false), Some(FaultKind::Notice), "nothing holds it any more");
     }
 
     #[test]

@@ -212,7 +212,11 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     if choice.is_empty() {
         report.did("nothing is left to be taken from a snapshot");
     } else {
-        repair(bench, &choice, &mut report)?;
+        match repair(bench, &choice, &mut report) {
+            // What was rescued is back; that no snapshot holds the rest keeps nothing from starting by itself.
+            Err(e) if !choice.kept.is_empty() => report.could_not(format!("{e}")),
+            done => done?,
+        }
     }
     bench.manager.clear_latch(bench.deadline)?;
     Ok(report)

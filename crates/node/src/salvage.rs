@@ -73,6 +73,14 @@ pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<V
     Ok(saved)
 }
 
+/// Whether the living gateway holds a deleted database of the node: its end would be the end of those bytes.
+#[must_use]
+pub fn held(node: &Node) -> bool {
+    let Some(gateway) = node.gateway() else { return false };
+    let open = deleted(gateway, &crate::roots::resolved(&node.state_dir));
+    open.iter().any(|d| d.path.extension().is_some_and(|e| e == "sqlite"))
+}
+
 /// A deleted file that is still open somewhere.
 struct Deleted {
     path: PathBuf,

@@ -42,13 +42,19 @@ pub(crate) fn size(layout: &Layout) -> Result<Size> {
     Ok(Size { bytes: packs_bytes + heads_bytes + others, packs_bytes, snapshots })
 }
 
-/// What may never go: the newest snapshot, and for each class the newest trusted one that holds it.
+/// What may never go: the newest snapshot, and for each class the newest trusted one that holds it. One that was taken
+/// while all of the class was gone holds nothing of it: then the newest with anything in it stays too.
 fn protected(heads: &[Head]) -> HashSet<String> {
     let mut keep: HashSet<String> = heads.last().map(|h| h.info.id.clone()).into_iter().collect();
     for class in Class::ALL {
         let newest =
             heads.iter().rev().find(|h| h.info.trust.trusted() && h.info.classes.contains_key(&class));
         keep.extend(newest.map(|h| h.info.id.clone()));
+        let filled = heads
+            .iter()
+            .rev()
+            .find(|h| h.info.trust.trusted() && h.info.classes.get(&class).is_some_and(|c| c.files > 0));
+        keep.extend(filled.map(|h| h.info.id.clone()));
     }
     keep
 }

@@ -298,3 +298,20 @@ fn a_quarantined_byte_stays_while_its_only_object_is_damaged() {
     let _ = store::trim_quarantine(&place.dir.join("quarantine"), &place.store, 0, 0, soon());
     assert!(kept.exists(), "the snapshot names these bytes and no longer has them");
 }
+
+#[test]
+fn the_last_copy_of_a_class_outlives_a_snapshot_taken_while_it_was_empty() {
+    let mut place = Place::new();
+    let notes = place.dir.join("notes");
+    fs::create_dir(&notes).unwrap();
+    fs::write(notes.join("a"), b"written once").unwrap();
+    place.roots.push(common::root("notes", &notes, engine::words::Class::Workspace));
+    let full = place.take_good();
+    fs::remove_file(notes.join("a")).unwrap();
+    place.take_good();
+    place.take_good();
+    let done = place.store.prune(0, soon()).unwrap();
+    assert!(!done.removed.contains(&full.id), "{done:?}");
+    let list = place.store.list().unwrap();
+    assert_eq!(list.first().map(|i| &i.id), Some(&full.id));
+}

@@ -281,6 +281,19 @@ fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
         );
         return Ok(Answer::Settled { id: None, why: Some(why) });
     }
+    if let Some(before) = store.newest_trusted(None)? {
+        // A user's tree that is empty all of a sudden is no good copy of it, whoever emptied it.
+        let emptied = before.classes.iter().find(|(class, was)| {
+            !class.converges() && was.files > 0 && newest.classes.get(class).is_none_or(|is| is.files == 0)
+        });
+        if let Some((class, was)) = emptied {
+            let why = format!(
+                "the {class} held {} files in snapshot {} and holds none now; `koboshi accept` trusts it all the same",
+                was.files, before.id
+            );
+            return Ok(Answer::Settled { id: None, why: Some(why) });
+        }
+    }
     store.set_trust(&newest.id, Trust::Good)?;
     Ok(Answer::Settled { id: Some(newest.id), why: None })
 }

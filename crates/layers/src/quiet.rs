@@ -1,8 +1,11 @@
 //! Stops the gateway for certain: the one act that restart and restore share.
 
 use crate::{Bench, GRACE, GRACE_HUNG, Report};
+use host::clock::Deadline;
+use host::process::{ProcessId, Signal, listeners, owner_of};
 use host::service::Stopped;
 use host::{Error, Kind, Result};
+use node::Node;
 use std::time::Duration;
 
 /// After this there is no gateway process that is ours. A hung one gets a shorter grace.
@@ -12,13 +15,97 @@ pub fn stop(bench: &mut Bench<'_>, hung: bool, report: &mut Report) -> Result<()
         Stopped::Clean { took_ms } => report.did(format!("the gateway ended by itself after {took_ms} ms")),
         Stopped::Killed { took_ms } => report.did(format!("the gateway was killed after {took_ms} ms")),
     }
-    // The service manager's word is not proof: another gateway of ours may hold the lock.
+    // The service manager's word is not proof: a gateway of ours may run outside of its unit, started by hand.
     if let Some(still) = bench.node.gateway() {
-        return Err(Error::new(
+        if !owned(bench.node, still) {
+            return Err(Error::new(
+                Kind::System,
+                "stop the gateway",
+                format!(
+                    "process {} is named by the node's lock, but nothing else says that it is ours",
+                    still.pid
+                ),
+            ));
+        }
+        end(still, grace, bench.deadline)?;
+        report.did(format!("process {}, which ran outside of its service, was ended", still.pid));
+    }
+    match bench.node.gateway() {
+        None => Ok(()),
+        Some(still) => Err(Error::new(
             Kind::System,
             "stop the gateway",
             format!("process {} still holds the node's lock", still.pid),
-        ));
+        )),
+    }
+}
+
+/// A lock's pid alone is no proof of ownership: it counts together with the program it runs or the port it holds.
+fn owned(node: &Node, process: ProcessId) -> bool {
+    let runs_our_node = match (process.exe(), node.node_bin.canonicalize()) {
+        (Some(exe), Ok(ours)) => exe == ours,
+        (_, _) => false,
+    };
+    runs_our_node
+        || listeners(node.port)
+            .iter()
+            .any(|l| owner_of(l, &[process.pid]).is_some_and(|owner| owner == process))
+}
+
+/// SIGTERM, the grace, SIGKILL; by process identity, never by number alone.
+fn end(process: ProcessId, grace: Duration, deadline: Deadline) -> Result<()> {
+    let fd = process.open()?;
+    fd.signal(Signal::TERM)?;
+    if !fd.wait(Deadline::after(grace).min(deadline)) {
+        fd.signal(Signal::KILL)?;
+        if !fd.wait(deadline) {
+            return Err(Error::new(
+                Kind::TimedOut,
+                "stop the gateway",
+                format!("process {} did not end after SIGKILL", process.pid),
+            ));
+        }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host::container::{Containers, Spec};
+
+    /// A node whose "Node" is `node_bin`, on a port that nobody holds.
+    fn node(dir: &std::path::Path, node_bin: &str) -> Node {
+        serde_json::from_value(serde_json::json!({
+            "name": "t", "prefix": dir, "package_dir": dir, "entry": dir, "node_bin": node_bin, "home": dir,
+            "state_dir": dir, "config_path": dir, "port": 1, "ids": host::run::Ids::current(), "user": "t"
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_process_is_ours_by_what_it_runs_and_not_by_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let containers = Containers::open(&format!("quiet-{}", std::process::id()), dir.path()).unwrap();
+        let spec = Spec {
+            program: "/bin/sleep".into(),
+            args: vec!["60".into()],
+            mark: format!("quiet-{}", std::process::id()),
+            ..Spec::default()
+        };
+        let mut step = containers.spawn(&spec, "sleeper").unwrap();
+        let id = step.id();
+        // The program is entered a moment after the process exists.
+        let sleep = std::fs::canonicalize("/bin/sleep").unwrap();
+        let deadline = Deadline::after(Duration::from_secs(10));
+        while id.exe().as_ref() != Some(&sleep) && !deadline.passed() {
+            std::thread::yield_now();
+        }
+        assert!(owned(&node(dir.path(), "/bin/sleep"), id));
+        assert!(!owned(&node(dir.path(), "/bin/true"), id), "another program's process is a stranger");
+        end(id, Duration::from_secs(5), deadline).unwrap();
+        assert!(!id.alive());
+        step.kill(deadline).unwrap();
+        containers.remove();
+    }
 }

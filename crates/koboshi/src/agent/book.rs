@@ -83,7 +83,26 @@ impl Book {
                 book.lose();
             }
         }
+        book.never_a_number_twice();
         Ok((book, words))
+    }
+
+    /// A journal that lost its tail (or was lost) must not give a number again whose incident, quarantine and messages
+    /// exist: the old ones would be written over, and the new ones taken for told.
+    fn never_a_number_twice(&mut self) {
+        /// Numbers above this name quarantines of steps run by hand.
+        const BY_HAND: u64 = 1_000_000;
+        let quarantined = std::fs::read_dir(self.places.quarantine())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|e| e.file_name().to_str()?.parse::<u64>().ok());
+        let archived = archived_ids(&self.places).unwrap_or_default();
+        let highest = quarantined.chain(archived).filter(|id| *id < BY_HAND).max().unwrap_or(0);
+        if highest > self.state.incidents {
+            self.state.incidents = highest;
+            self.checkpoint(host::clock::now());
+        }
     }
 
     /// Reads the journal without touching it, for people.
@@ -440,6 +459,24 @@ mod tests {
         book.tidy(host::clock::now());
         assert_eq!(book.state().incidents, 1);
         assert!(book.state().incident.is_some(), "the incident that only the journal knew goes on");
+    }
+
+    #[test]
+    fn a_number_whose_incident_is_kept_is_never_given_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = places(dir.path());
+        let (mut book, _) = Book::open(&places).unwrap();
+        open_incident(&mut book, 10);
+        book.archive(41, None).unwrap();
+        drop(book);
+        std::fs::remove_file(places.journal()).unwrap();
+        let (mut book, _) = Book::open(&places).unwrap();
+        let now = host::clock::now();
+        let record = book.state().open(now, IncidentKind::Outage, "again", Vec::new()).unwrap();
+        assert_eq!(book.write(record), Written::Yes);
+        assert_eq!(book.state().incident.as_ref().map(|i| i.id), Some(42));
+        drop(book);
+        assert_eq!(Book::open(&places).unwrap().0.state().incident.as_ref().map(|i| i.id), Some(42));
     }
 
     #[test]

@@ -232,7 +232,8 @@ impl Agent {
                 let why = why.unwrap_or_default();
                 self.say(&format!("the newest snapshot is not trusted: {why}"));
                 self.daily.trouble = Some(why);
-                self.daily.snapshot_at = Some((now, Vec::new(), "the candidate no longer matched".into()));
+                self.daily.snapshot_at =
+                    Some((now.plus_ms(RETRY_MS), Vec::new(), "the candidate was not trusted".into()));
             }
             Some(Answer::Tidied { done }) => {
                 for line in done {

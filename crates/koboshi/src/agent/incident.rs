@@ -343,8 +343,10 @@ impl Agent {
         let before = self.book.state().closed.as_ref().map(|c| c.id);
         match self.book.write(record) {
             Written::Yes => {
-                if let (Some(line), Some(id)) = (line, self.number()) {
-                    self.say(&format!("incident {id}: {line}"));
+                match (line, self.number()) {
+                    (Some(line), Some(id)) => self.say(&format!("incident {id}: {line}")),
+                    (Some(line), None) => self.say(&line),
+                    (None, _) => {}
                 }
                 let closed = self.book.state().closed.as_ref().map(|c| c.id);
                 if closed != before
@@ -362,9 +364,11 @@ impl Agent {
         }
     }
 
+    /// The open incident's number; right after its closing record that of the one just closed.
     fn number(&self) -> Option<u64> {
         let state = self.book.state();
-        state.incident.as_ref().map(|i| i.id).or_else(|| state.closed.as_ref().map(|c| c.id))
+        let closing = state.closed.as_ref().filter(|c| state.last == Some(c.closed)).map(|c| c.id);
+        state.incident.as_ref().map(|i| i.id).or(closing)
     }
 
     fn closed(&mut self, id: u64) {
@@ -648,7 +652,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
     };
     let snapshot = match exam {
         None => Err("the disk could not be looked at".to_owned()),
-        Some(e) if e.snapshot.is_none() => Err("there is no good snapshot yet".to_owned()),
+        Some(e) if e.snapshot.is_none() && !e.rescue => Err("there is no good snapshot yet".to_owned()),
         Some(_) => agent.space_gate(),
     };
     let dirty = exam.and_then(|e| e.findings.iter().find(|f| keeps_from_starting(f)).map(|f| f.what.clone()));

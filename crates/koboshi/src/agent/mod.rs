@@ -53,6 +53,8 @@ const SETTLE_FILES_MS: u64 = 300;
 const PUBLISH_EVERY_MS: u64 = 30_000;
 /// A bare stop of an enabled unit is undone once after this long: systemd records no caller.
 const BARE_STOP_MS: u64 = 90_000;
+/// How long hands stay off when the owner's will cannot be read.
+const UNREADABLE_WILL_S: i64 = 3_600;
 /// A second bare stop within this is obeyed.
 const BARE_STOP_AGAIN_MS: u64 = 3_600_000;
 
@@ -144,7 +146,8 @@ impl Agent {
         let (book, words) = Book::open(&places)?;
         let will = Will::load(&places).unwrap_or_else(|e| {
             printer.error(&e);
-            Will::default()
+            // Somebody wrote a will that cannot be read: hands stay off for a while rather than against it.
+            Will { paused_until_s: Some(clock::wall().as_second() + UNREADABLE_WILL_S), stopped: false }
         });
         let baseline = patient::baseline(&places).unwrap_or_else(|e| {
             printer.error(&e);
@@ -386,6 +389,22 @@ impl Agent {
         }
     }
 
+    /// Whether the journal knows of a start from which this process can have come.
+    fn on_the_books(&self, id: ProcessId, now: Moment) -> bool {
+        /// `/proc/PID/stat` counts in hundredths of a second since boot.
+        const MS_PER_TICK: u64 = 10;
+        /// From the record of a start to its process; systemd may take its time.
+        const BETWEEN_MS: u64 = 5_000;
+        let state = self.book.state();
+        let born_ms = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK));
+        let t = state.time_ms(now);
+        state
+            .starts_ms
+            .iter()
+            .map(|start| t.saturating_sub(*start))
+            .any(|ago_ms| ago_ms + 1_000 >= born_ms && ago_ms <= born_ms.saturating_add(BETWEEN_MS))
+    }
+
     /// A start that somebody else made counts in the ration too: OpenClaw does not ask who started it.
     fn count_start(&mut self, id: ProcessId) {
         /// A process this old at first sight was not started under our eyes.
@@ -393,7 +412,8 @@ impl Agent {
         /// `/proc/PID/stat` counts in hundredths of a second since boot.
         const MS_PER_TICK: u64 = 10;
         let now = clock::now();
-        let ours = self.asked_start.take().is_some();
+        // Asked for by this agent, or by one that died before it saw the process.
+        let ours = self.asked_start.take().is_some() || self.on_the_books(id, now);
         let young = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK)) < YOUNG_MS;
         if self.counted != Some(id) && !ours && young {
             self.write(Record::new(now, Event::StartSeen { by: "somebody else".to_owned() }));
@@ -779,12 +799,13 @@ impl Agent {
                 Service::Systemd(m) => host::service::Manager::kind(m).to_owned(),
             },
             containers: strength(&self.runner.containers.strength()),
-            verdict: self
-                .judgement
-                .as_ref()
-                .map_or(Verdict::Inconclusive { why: "no look has been taken yet".to_owned() }, |j| {
-                    j.verdict.clone()
-                }),
+            verdict: self.judgement.as_ref().map_or_else(
+                || match self.gateway {
+                    Some(_) => Verdict::Inconclusive { why: "no look has been taken yet".to_owned() },
+                    None => Verdict::NotServing { why: "no gateway process runs".to_owned() },
+                },
+                |j| j.verdict.clone(),
+            ),
             confirmed: self.judgement.as_ref().is_some_and(|j| j.confirmed),
             gateway: self.gateway.as_ref().map(PidFd::id),
             serving_since: self.serving_since,

@@ -34,6 +34,8 @@ const START_LIMIT: Duration = Duration::from_secs(600);
 const FAULT_LIMIT: Duration = Duration::from_secs(900);
 /// The demo's node is proven good after this long, so that nobody waits two minutes for the first good snapshot.
 const SETTLE_S: u64 = 5;
+/// A node that was just confirmed to serve is confirmed again within this.
+const OWN_JUDGE_LIMIT: Duration = Duration::from_secs(60);
 /// How often what happens is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How long a clean stop of an idle demo node may take.
@@ -198,10 +200,22 @@ impl Demo {
     fn until_served(&mut self, node: &Node, gateway: &mut Embedded, began: Moment) -> Result<u64> {
         let mut judge = Judge::new(node::Limits::default(), node::Baseline::default());
         judge.started(began);
-        let deadline = Deadline::after(START_LIMIT);
+        self.until_judged(node, &mut judge, gateway.main(), began, START_LIMIT)
+    }
+
+    /// Until `judge`, which is the demo's own and knows nothing of the agent's, confirms that the node serves.
+    fn until_judged(
+        &mut self,
+        node: &Node,
+        judge: &mut Judge,
+        main: Option<host::process::ProcessId>,
+        began: Moment,
+        limit: Duration,
+    ) -> Result<u64> {
+        let deadline = Deadline::after(limit);
         while !deadline.passed() {
             self.interrupted()?;
-            let want = Want { hello: true, main: gateway.main(), ..Want::default() };
+            let want = Want { hello: true, identity: true, main, ..Want::default() };
             let judgement = judge.observe(&node::look(node, &want, Deadline::after(Duration::from_secs(8))));
             match (&judgement.verdict, judgement.confirmed, judgement.first_good) {
                 (Verdict::Serving { .. }, true, Some(first)) => {
@@ -290,6 +304,7 @@ impl Demo {
         )?;
         setup::add_cron_job(&self.stage, node, &format!("koboshi-seed-{tag}"), &self.containers)?;
         let before = Ledger::take(node)?;
+        let who = node::Baseline::take(node, Vec::new(), clock::now(), Deadline::after(OWN_JUDGE_LIMIT))?;
         let seen = watcher.last_incident();
         self.printer.note(format!("{}: {}", self.printer.bold(fault.name), fault.about));
         let injected = clock::now();
@@ -308,12 +323,19 @@ impl Demo {
             std::thread::sleep(LOOK_AGAIN);
         };
         log.show();
+        // The agent's word is not taken for it: a judge that never saw the recovery looks at the node by itself.
+        let mut own = Judge::new(node::Limits::default(), who);
+        let served = self.until_judged(node, &mut own, node.gateway(), clock::now(), OWN_JUDGE_LIMIT);
+        if let Err(e) = &served {
+            self.printer.note(format!("  the demo's own judge does not confirm it: {}", e.why));
+        }
         let after = Ledger::take(node)?;
         let losses = before.losses(&after);
         for loss in &losses {
             self.printer.note(format!("  lost: {} ({} bytes)", loss.what, loss.bytes));
         }
-        let row = Row::new(fault, injected, incident.as_ref(), losses.iter().map(|l| l.bytes).sum());
+        let confirmed = incident.as_ref().filter(|_| served.is_ok());
+        let row = Row::new(fault, injected, confirmed, losses.iter().map(|l| l.bytes).sum());
         self.printer.note(format!("  {}", row.line()));
         Ok(row)
     }

@@ -93,8 +93,8 @@ impl Stage {
             let said = ran.stdout.trim();
             return Err(format!("the demo left no node to test on ({} agents): {said}", agents.len()));
         }
-        let node = json(&stage.state("node.json")).unwrap_or_default();
-        stage.port = node["port"]
+        stage.node = json(&stage.state("node.json")).unwrap_or_default();
+        stage.port = stage.node["port"]
             .as_u64()
             .and_then(|p| u16::try_from(p).ok())
             .ok_or("the node's port is not known")?;

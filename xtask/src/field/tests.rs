@@ -528,6 +528,7 @@ fn repaired(
 fn flipped_bytes(field: &mut Field) -> Result<(), String> {
     let before = field.stage.settled(RIGHTED)?;
     let incidents = field.stage.incidents()?;
+    let entry = field.stage.entry()?;
     let packs = field.stage.state("store/packs");
     let mut kept = Vec::new();
     for entry in std::fs::read_dir(&packs).map_err(|e| format!("list {}: {e}", packs.display()))?.flatten() {
@@ -540,7 +541,6 @@ fn flipped_bytes(field: &mut Field) -> Result<(), String> {
         kept.push((path, whole));
     }
     field.claim(!kept.is_empty(), "every pack of the store is damaged", || packs.display().to_string());
-    let entry = field.stage.entry()?;
     let whole = stage::halve(&entry)?;
     let result = rotten(field, &incidents, &entry, &whole, before);
     for (path, bytes) in kept {

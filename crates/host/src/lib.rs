@@ -16,9 +16,9 @@ pub mod registry;
 pub mod run;
 pub mod service;
 pub mod signals;
+mod spawn;
 pub mod tls;
 pub mod unpack;
 pub mod watch;
-mod spawn;
 
 pub use error::{Context, Error, Kind, Result};

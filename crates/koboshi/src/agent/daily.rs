@@ -434,13 +434,16 @@ impl Agent {
         {
             let _ = at;
             self.daily.snapshot_at = None;
+            let classes = self.proven_classes(now, classes);
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
         } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at))
             && self.served_for_settling(now)
         {
             self.daily.settle_at = None;
             (Job::Settle, Work::Settle, SETTLE_LIMIT)
-        } else if self.daily.tidy_at.is_some_and(|at| past(now, at)) {
+        } else if self.daily.tidy_at.is_some_and(|at| serving && past(now, at))
+            && self.book.state().incident.is_none()
+        {
             self.daily.tidy_at = None;
             (Job::Tidy, Work::Tidy, TIDY_LIMIT)
         } else if past(now, self.daily.examine_at) && !self.pressed() {
@@ -471,6 +474,17 @@ impl Agent {
         self.serving_since
             .and_then(|since| now.since_ms(since))
             .is_some_and(|ms| ms >= self.config.backup.settle_s * 1000)
+    }
+
+    /// The classes of a snapshot that may be taken now: a program that lies there and never ran is not taken where an
+    /// older snapshot still holds the one that did.
+    fn proven_classes(&self, now: Moment, classes: Vec<Class>) -> Vec<Class> {
+        let first = self.exam.as_ref().is_none_or(|e| e.snapshot.is_none());
+        if first || self.runs_what_lies_there(now) {
+            return classes;
+        }
+        let wanted = if classes.is_empty() { Class::ALL.to_vec() } else { classes };
+        wanted.into_iter().filter(|c| !matches!(c, Class::Program | Class::Runtime)).collect()
     }
 
     /// Whether the program on disk is the one that serves: unchanged since the gateway was started, or the very one

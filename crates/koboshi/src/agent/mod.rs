@@ -30,6 +30,7 @@ use host::container::Strength;
 use host::files::LockFile;
 use host::notify::Notifier;
 use host::process::{PidFd, ProcessId};
+use host::service::Active;
 use host::signals::{Got, Signals};
 use host::watch::Watch;
 use host::{Error, Kind, Result};
@@ -53,6 +54,12 @@ const SETTLE_FILES_MS: u64 = 300;
 const PUBLISH_EVERY_MS: u64 = 30_000;
 /// A bare stop of an enabled unit is undone once after this long: systemd records no caller.
 const BARE_STOP_MS: u64 = 90_000;
+/// Something that is due and cannot be done now is tried again after this.
+const NOT_NOW_MS: u64 = 1_000;
+/// A unit on its way down is looked at again after this.
+const UNIT_AGAIN_MS: u64 = 500;
+/// A unit that has been inactive this long was stopped, not restarted.
+const STOPPED_FOR_GOOD_MS: u64 = 2_000;
 /// How long hands stay off when the owner's will cannot be read.
 const UNREADABLE_WILL_S: i64 = 3_600;
 /// A second bare stop within this is obeyed.
@@ -95,6 +102,8 @@ pub struct Agent {
     asked_start: Option<Moment>,
     notifier: Option<Notifier>,
     born: Moment,
+    /// The unit was seen on its way down, or down, at this moment.
+    unit_stopped: Option<Moment>,
     bare_stop: Option<Moment>,
     bare_stops: Vec<Moment>,
     told_left_alone: bool,
@@ -147,7 +156,7 @@ impl Agent {
         let will = Will::load(&places).unwrap_or_else(|e| {
             printer.error(&e);
             // Somebody wrote a will that cannot be read: hands stay off for a while rather than against it.
-            Will { paused_until_s: Some(clock::wall().as_second() + UNREADABLE_WILL_S), stopped: false }
+            Will { paused_until_s: Some(clock::wall().as_second() + UNREADABLE_WILL_S), ..Will::default() }
         });
         let baseline = patient::baseline(&places).unwrap_or_else(|e| {
             printer.error(&e);
@@ -176,6 +185,7 @@ impl Agent {
             asked_start: None,
             notifier: Notifier::from_env().ok(),
             born: now,
+            unit_stopped: None,
             bare_stop: None,
             bare_stops: Vec::new(),
             told_left_alone: false,
@@ -248,6 +258,16 @@ impl Agent {
             return;
         }
         let now = clock::now();
+        let t = self.book.state().time_ms(now);
+        if self.book.state().start_free_ms(t) > t {
+            // An agent that is itself restarted in a loop must not make the fourth unclean boot.
+            self.open(
+                IncidentKind::Outage,
+                "the gateway does not run, and its starts are used up".to_owned(),
+                Vec::new(),
+            );
+            return;
+        }
         self.write(Record::new(now, Event::StartSeen { by: why.to_owned() }));
         match self.service.manager().start(Deadline::after(MANAGER_LIMIT)) {
             Ok(()) => {
@@ -284,6 +304,7 @@ impl Agent {
                 self.take_orders();
             }
             self.take_jobs();
+            self.follow_stopping_unit();
             self.drive();
             self.due_looks();
             self.due_jobs();
@@ -318,9 +339,13 @@ impl Agent {
         if !self.prober.busy() {
             at(Some(self.next_look));
         }
-        at(self.exam_due);
         at(self.doing.until(now));
-        at(self.daily.due());
+        // What is due and was not begun a moment ago cannot be begun now (a climb is on, the node does not serve, the
+        // machine is pressed): it is looked at again in a second, not at once and for ever.
+        let again = |due: Moment| if due.ms <= now.ms { now.plus_ms(NOT_NOW_MS) } else { due };
+        at(self.exam_due.map(again));
+        at(self.daily.due().map(again));
+        at(self.unit_stopped.map(|_| now.plus_ms(UNIT_AGAIN_MS)));
         let gateway = self.gateway.as_ref().map(AsFd::as_fd);
         let step = self.step.as_ref().map(|s| s.step.pidfd());
         let job = self.daily.fds();
@@ -435,14 +460,15 @@ impl Agent {
         let deadline = Deadline::after(MANAGER_LIMIT);
         let state = self.service.look(deadline);
         if !self.service.embedded() {
+            if state.active == Active::Deactivating || state.active == Active::Inactive {
+                // A stop or the first half of a restart: known in a moment.
+                self.unit_stopped = Some(clock::now());
+                return;
+            }
             if state.in_motion() {
                 // systemd starts it again by itself; only damage that would make that fail is put right first.
                 self.say("the gateway ended; systemd is about to start it again");
                 self.exam_due = Some(clock::now());
-                return;
-            }
-            if state.active == host::service::Active::Inactive {
-                self.bare_stopped(state.enabled == Some(false) || state.masked);
                 return;
             }
         }
@@ -452,6 +478,30 @@ impl Agent {
             (None, None) => "it is gone".to_owned(),
         };
         self.open_or_escalate(IncidentKind::Outage, format!("the gateway ended: {how}"));
+    }
+
+    /// A unit that was on its way down: stopped for good, restarted, or failed?
+    fn follow_stopping_unit(&mut self) {
+        let Some(since) = self.unit_stopped else {
+            return;
+        };
+        let now = clock::now();
+        let state = self.service.look(Deadline::after(MANAGER_LIMIT));
+        match state.active {
+            Active::Deactivating => self.unit_stopped = Some(now),
+            Active::Inactive if now.since_ms(since).is_some_and(|ms| ms < STOPPED_FOR_GOOD_MS) => {}
+            Active::Inactive => {
+                self.unit_stopped = None;
+                self.bare_stopped(down_by_will(&state));
+            }
+            Active::Failed => {
+                self.unit_stopped = None;
+                self.open_or_escalate(IncidentKind::Outage, "the unit failed as it ended".to_owned());
+            }
+            Active::Active | Active::Activating | Active::AutoRestart | Active::Unknown => {
+                self.unit_stopped = None;
+            }
+        }
     }
 
     /// An enabled unit was stopped and nobody said why. Once it is started again, after a while; then it is obeyed.
@@ -468,6 +518,7 @@ impl Agent {
             self.bare_stop = Some(now);
         } else {
             self.will.stopped = true;
+            self.will.by_stops = true;
             if let Err(e) = self.will.save(&self.places) {
                 self.say(&e.to_string());
             }
@@ -513,6 +564,13 @@ impl Agent {
                 self.told_left_alone = false;
                 self.updating = None;
                 self.bare_stop = None;
+                if self.will.by_stops {
+                    // It serves again by its owner's hand: the stop that was obeyed is over.
+                    self.will = Will { stopped: false, by_stops: false, ..self.will.clone() };
+                    if let Err(e) = self.will.save(&self.places) {
+                        self.say(&e.to_string());
+                    }
+                }
                 if self.serving_since.is_none() && judgement.confirmed {
                     self.serving_since = judgement.first_good.or(Some(now));
                     self.say("the node serves, confirmed");
@@ -541,8 +599,15 @@ impl Agent {
     /// The judge says that the node does not serve and no incident is open.
     fn fallen(&mut self, why: String, findings: Vec<engine::Finding>) {
         let now = clock::now();
-        if self.will.stopped {
+        if self.will.stopped || self.unit_stopped.is_some() {
             return;
+        }
+        if !self.service.embedded() {
+            let state = self.service.look(Deadline::after(MANAGER_LIMIT));
+            if state.active == Active::Inactive && down_by_will(&state) {
+                self.leave_alone("its unit is disabled or masked");
+                return;
+            }
         }
         if let Some(stopped) = self.bare_stop {
             if now.since_ms(stopped).is_none_or(|ms| ms < BARE_STOP_MS) {
@@ -836,6 +901,11 @@ pub(crate) fn strength(strength: &Strength) -> String {
         ),
         Strength::Weak { why } => format!("weak containers: {why}"),
     }
+}
+
+/// The owner took the unit down and says so.
+fn down_by_will(state: &host::service::ServiceState) -> bool {
+    (state.masked && !state.held) || state.enabled == Some(false)
 }
 
 fn describe_will(will: &Will) -> String {

@@ -15,6 +15,8 @@ pub struct Will {
     pub paused_until_s: Option<i64>,
     /// The gateway is to stay down: `koboshi node stop`.
     pub stopped: bool,
+    /// The stop was not asked for at koboshi but obeyed after two bare stops of the unit: it ends when the node serves.
+    pub by_stops: bool,
 }
 
 impl Will {

@@ -270,7 +270,18 @@ fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
     if newest.trust.trusted() {
         return Ok(Answer::Settled { id: Some(newest.id), why: None });
     }
-    let classes = [Class::Program, Class::Runtime, Class::Service, Class::Config];
+    let before = store.newest_trusted(None)?;
+    // What was carried over from a trusted snapshot was proven by that one; what lies on disk since may never have run.
+    let carried = |class: &Class| {
+        before.as_ref().is_some_and(|b| {
+            let when = |info: &store::SnapshotInfo| info.classes.get(class).map(|c| c.taken);
+            when(b).is_some() && when(b) == when(&newest)
+        })
+    };
+    let classes: Vec<Class> = [Class::Program, Class::Runtime, Class::Service, Class::Config]
+        .into_iter()
+        .filter(|class| !carried(class))
+        .collect();
     let differences = store.compare(&newest.id, &classes, Depth::Stat, deadline)?;
     if let Some(first) = differences.first() {
         let why = format!(
@@ -281,7 +292,7 @@ fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
         );
         return Ok(Answer::Settled { id: None, why: Some(why) });
     }
-    if let Some(before) = store.newest_trusted(None)? {
+    if let Some(before) = before {
         // A user's tree that is empty all of a sudden is no good copy of it, whoever emptied it.
         let emptied = before.classes.iter().find(|(class, was)| {
             !class.converges() && was.files > 0 && newest.classes.get(class).is_none_or(|is| is.files == 0)

@@ -55,6 +55,7 @@ fn good(ms: u64) -> Look {
         disk_version: Some("2026.9.6".into()),
         our_side: None,
         known_turn: false,
+        heard: None,
         main: Main::Told,
     }
 }

@@ -45,6 +45,37 @@ pub struct Want {
     pub log: Option<PathBuf>,
     /// The caller knows of a turn under way.
     pub known_turn: bool,
+    /// Who was found to listen by an earlier look ([`Look::heard`]). While that process still holds that very socket,
+    /// the kernel's table is not read again: it is by far the dearest part of a look.
+    pub heard: Option<Heard>,
+}
+
+/// A listener and the descriptor by which the gateway holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    listener: Listener,
+    owner: ProcessId,
+    fd: i32,
+}
+
+impl Heard {
+    /// Finds the descriptor by which `owner` itself holds the listening socket.
+    fn of(listener: &Listener, owner: ProcessId) -> Option<Heard> {
+        let socket = socket_link(listener);
+        let (fd, _) = owner.open_files().into_iter().find(|(_, link)| *link == socket)?;
+        Some(Heard { listener: *listener, owner, fd })
+    }
+
+    /// Whether the same process still holds the same socket.
+    fn holds(&self) -> bool {
+        self.owner.alive()
+            && std::fs::read_link(format!("/proc/{}/fd/{}", self.owner.pid, self.fd))
+                .is_ok_and(|link| link == socket_link(&self.listener))
+    }
+}
+
+fn socket_link(listener: &Listener) -> PathBuf {
+    PathBuf::from(format!("socket:[{}]", listener.inode))
 }
 
 /// Everything seen at one moment.
@@ -82,6 +113,8 @@ pub struct Look {
     pub known_turn: bool,
     /// What is known of the process that the caller or the service manager started.
     pub main: Main,
+    /// To be handed to the next look ([`Want::heard`]).
+    pub heard: Option<Heard>,
 }
 
 /// The started process, apart from the lock: a gateway writes its lock only 10 to 20 s after it began.
@@ -335,6 +368,7 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         disk_version: None,
         our_side: own_side(deadline),
         known_turn: want.known_turn,
+        heard: None,
         main: match (want.main, &want.service) {
             (Some(id), _) if !id.alive() => Main::Ended,
             (Some(_), _) | (None, Some(_)) => Main::Told,
@@ -344,9 +378,25 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     if look.our_side.is_some() {
         return look;
     }
-    let heard = listener(node.port);
+    let known = want.heard.clone().filter(|h| h.listener.addr.port() == node.port && h.holds());
+    let heard = match &known {
+        Some(known) => Some(known.listener),
+        None => listener(node.port),
+    };
     look.process = process(node, want, heard.as_ref());
-    look.listening = listening(look.process.as_ref(), heard.as_ref());
+    let gateway = look.process.as_ref().map(|p| p.id);
+    look.heard = known.filter(|k| gateway == Some(k.owner));
+    look.listening = if look.heard.is_some() {
+        Listening::Gateway
+    } else {
+        listening(look.process.as_ref(), heard.as_ref())
+    };
+    if look.heard.is_none()
+        && look.listening == Listening::Gateway
+        && let (Some(listener), Some(gateway)) = (&heard, gateway)
+    {
+        look.heard = Heard::of(listener, gateway);
+    }
     let addr = address(node.port, heard.as_ref());
     // The kernel accepts for a stopped process, which will not answer: asking would only cost the patience.
     if !look.process.as_ref().is_some_and(|p| matches!(p.state, 'T' | 't')) {

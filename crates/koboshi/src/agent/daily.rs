@@ -27,6 +27,8 @@ const PRESSURE_LIMIT_PERCENT: f32 = 20.0;
 const STATE_COST_SHARE: f64 = 100.0;
 /// A file that somebody still edits is looked at again after this.
 const LOOK_AGAIN_MS: u64 = 10_000;
+/// A refused candidate's wait doubles this often at most: over eight hours.
+const MOST_DOUBLINGS: u32 = 9;
 /// After a failed job.
 const RETRY_MS: u64 = 60_000;
 /// Messages that no channel took are tried again at the latest after this.
@@ -68,6 +70,8 @@ pub struct Daily {
     stale_told: Option<Moment>,
     trouble: Option<String>,
     settled: bool,
+    /// Candidates refused in a row: each makes the next one wait longer.
+    refused: u32,
 }
 
 impl Daily {
@@ -89,6 +93,7 @@ impl Daily {
             stale_told: None,
             trouble: None,
             settled: false,
+            refused: 0,
         }
     }
 
@@ -225,6 +230,7 @@ impl Agent {
             Some(Answer::Settled { id: Some(id), .. }) => {
                 self.say(&format!("snapshot {id} is good: the node served with exactly what it holds"));
                 self.daily.settled = true;
+                self.daily.refused = 0;
                 self.daily.tidy_at = Some(now);
                 self.daily.examine_at = now;
             }
@@ -232,8 +238,12 @@ impl Agent {
                 let why = why.unwrap_or_default();
                 self.say(&format!("the newest snapshot is not trusted: {why}"));
                 self.daily.trouble = Some(why);
-                self.daily.snapshot_at =
-                    Some((now.plus_ms(RETRY_MS), Vec::new(), "the candidate was not trusted".into()));
+                // The first refusal is mostly somebody who was still writing; a lasting one must not fill the store.
+                let wait_ms = RETRY_MS << self.daily.refused.min(MOST_DOUBLINGS);
+                self.daily.refused = self.daily.refused.saturating_add(1);
+                let again = now.plus_ms(wait_ms);
+                self.daily.snapshot_at = Some((again, Vec::new(), "the candidate was not trusted".into()));
+                self.daily.tidy_at = Some(now);
             }
             Some(Answer::Tidied { done }) => {
                 for line in done {

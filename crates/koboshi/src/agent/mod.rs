@@ -32,7 +32,7 @@ use host::notify::Notifier;
 use host::process::{PidFd, ProcessId};
 use host::service::Active;
 use host::signals::{Got, Signals};
-use host::watch::Watch;
+use host::watch::{Change, Watch};
 use host::{Error, Kind, Result};
 use layers::{Care, Examination};
 use node::probe::ServiceLook;
@@ -633,7 +633,13 @@ impl Agent {
         if events.iter().any(|e| e.key == "will") {
             self.read_will();
         }
-        if events.iter().any(|e| e.key != "will" && e.key != "orders") {
+        // A database is written all the time; only that it came or went is news.
+        let news = |e: &host::watch::Event| match e.key.as_str() {
+            "will" | "orders" => false,
+            "state" => matches!(e.kind, Change::Appeared | Change::Vanished | Change::Lost),
+            _ => true,
+        };
+        if events.iter().any(news) {
             self.exam_due.get_or_insert(now.plus_ms(SETTLE_FILES_MS));
         }
     }
@@ -786,6 +792,7 @@ impl Agent {
                 main: self.service.main(),
                 log: self.service.embedded().then(|| self.places.gateway_log()),
                 known_turn: false,
+                heard: None,
             };
             self.prober.ask(&self.node, want);
         }

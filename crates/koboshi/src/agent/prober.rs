@@ -38,8 +38,12 @@ impl Prober {
             .name("prober".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                while let Ok((node, want)) = asked.recv() {
+                let mut heard = None;
+                while let Ok((node, mut want)) = asked.recv() {
+                    // Every hello comes with a full look at the kernel's table as well.
+                    want.heard = if want.hello { None } else { heard.take() };
                     let look = node::look(&node, &want, Deadline::after(LOOK_LIMIT));
+                    heard.clone_from(&look.heard);
                     if give.send(look).is_err() {
                         return;
                     }

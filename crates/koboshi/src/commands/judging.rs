@@ -27,6 +27,7 @@ pub(super) fn look(desk: &Desk, node: &Node, judge: &mut Judge) -> Judgement {
         service,
         main: None,
         known_turn: false,
+        heard: None,
     };
     judge.observe(&node::look(node, &want, Deadline::after(LOOK_LIMIT)))
 }

@@ -21,7 +21,8 @@ pub fn remembered(places: &Places) -> Result<Option<Node>> {
 /// The remembered node, else the one found on this host.
 pub fn find(places: &Places, config: &Config) -> Result<Node> {
     match remembered(places)? {
-        Some(node) => Ok(node),
+        // What is written in the configuration by hand wins over what was remembered.
+        Some(node) => Ok(Node { port: config.node.port.unwrap_or(node.port), ..node }),
         None => Ok(node::find(&(&config.node).into())?.node),
     }
 }

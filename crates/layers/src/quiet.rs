@@ -8,6 +8,9 @@ use host::{Error, Kind, Result};
 use node::Node;
 use std::time::Duration;
 
+/// A process that was killed is gone after this, unless it hangs in the kernel.
+const KILL_WAIT: Duration = Duration::from_secs(2);
+
 /// After this there is no gateway process that is ours. A hung one gets a shorter grace.
 pub fn stop(bench: &mut Bench<'_>, hung: bool, report: &mut Report) -> Result<()> {
     let grace: Duration = if hung { GRACE_HUNG } else { GRACE };
@@ -58,7 +61,8 @@ fn end(process: ProcessId, grace: Duration, deadline: Deadline) -> Result<()> {
     fd.signal(Signal::TERM)?;
     if !fd.wait(Deadline::after(grace).min(deadline)) {
         fd.signal(Signal::KILL)?;
-        if !fd.wait(deadline) {
+        // Also when the grace took the whole deadline: a killed process needs milliseconds, and a look back.
+        if !fd.wait(Deadline::after(KILL_WAIT)) {
             return Err(Error::new(
                 Kind::TimedOut,
                 "stop the gateway",

@@ -23,6 +23,10 @@ pub(crate) use stage::stranger;
 /// The name of the bystander: exactly what the gateway calls itself.
 const GATEWAYS_NAME: &str = "openclaw-gateway";
 
+/// What every run of the tests plays: those that wait for no start ration. The others take ten minutes of waiting more
+/// and belong to `cargo xtask test --full` and `cargo xtask field`.
+pub(crate) const IN_CI: &[&str] = &["agent-killed", "agent-ends", "stall", "install"];
+
 /// Runs all of it, or only the tests of these names.
 pub(crate) fn run(root: &Path, only: &[&str], tally: &mut Tally) {
     if !is_root() {

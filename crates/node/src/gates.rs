@@ -43,6 +43,9 @@ impl Gate {
     }
 }
 
+/// How the reason ends when a runtime was only slow: on a busy machine that is no damage.
+pub(crate) const SLOW: &str = "did not answer in time";
+
 /// What a Node binary says of itself, asked as the node's user, for three seconds at most. `Err` says in words why
 /// it is no usable runtime.
 pub fn runtime_version(node: &Node, binary: &Path, deadline: Deadline) -> Result<Version, String> {
@@ -64,7 +67,7 @@ pub fn runtime_version(node: &Node, binary: &Path, deadline: Deadline) -> Result
     let said = String::from_utf8_lossy(&out.stdout).trim().chars().take(40).collect::<String>();
     match Version::parse(&said) {
         Some(v) if said.starts_with('v') => Ok(v),
-        Some(_) | None if out.timed_out => Err(format!("{} did not answer in time", binary.display())),
+        Some(_) | None if out.timed_out => Err(format!("{} {SLOW}", binary.display())),
         Some(_) | None => Err(format!("{} does not name its version (said {said:?})", binary.display())),
     }
 }

@@ -142,6 +142,9 @@ fn runtime(node: &Node, depth: Depth, deadline: Deadline, findings: &mut Vec<Fin
         return;
     }
     match gates::runtime_version(node, &node.node_bin, deadline) {
+        Err(why) if why.ends_with(gates::SLOW) => {
+            findings.push(finding(FaultKind::Notice, Some(Class::Runtime), why));
+        }
         Err(why) => findings.push(unfit(why)),
         Ok(version) => {
             if let Some(why) = gates::engine(&node.package_dir, version).reason() {

@@ -17,8 +17,9 @@ use std::time::{Duration, SystemTime};
 const SWEEP_LEAST_MS: f64 = 30_000.0;
 /// And at worst.
 const SWEEP_MOST_MS: f64 = 900_000.0;
-/// The period is at least this many times the CPU of the last sweep: 0.2 % of one core.
-const SWEEP_CPU_SHARE: f64 = 500.0;
+/// The period is at least this many times the CPU of the last sweep: with what starting and ending a step costs, about
+/// 0.15 % of one core.
+const SWEEP_CPU_SHARE: f64 = 800.0;
 /// And at least this many times its wall time: 0.5 % of the time in I/O on a slow disk.
 const SWEEP_WALL_SHARE: f64 = 200.0;
 /// Under more pressure than this (PSI some avg10, percent) the sweep waits.

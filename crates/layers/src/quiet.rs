@@ -14,7 +14,9 @@ const KILL_WAIT: Duration = Duration::from_secs(2);
 /// After this there is no gateway process that is ours. A hung one gets a shorter grace.
 pub fn stop(bench: &mut Bench<'_>, hung: bool, report: &mut Report) -> Result<()> {
     let grace: Duration = if hung { GRACE_HUNG } else { GRACE };
+    let ran = bench.node.gateway().is_some();
     match bench.manager.stop(grace, bench.deadline)? {
+        Stopped::Clean { .. } if !ran => report.did("no gateway was running; nothing of it is left"),
         Stopped::Clean { took_ms } => report.did(format!("the gateway ended by itself after {took_ms} ms")),
         Stopped::Killed { took_ms } => report.did(format!("the gateway was killed after {took_ms} ms")),
     }

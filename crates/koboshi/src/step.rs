@@ -12,7 +12,7 @@ use engine::{Class, Finding};
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
 use layers::{Bench, Care, Examination, Report};
-use node::{Baseline, Node};
+use node::{Baseline, Node, refusal};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -102,6 +102,9 @@ pub enum Answer {
         id: Option<String>,
         /// Why not.
         why: Option<String>,
+        /// The config that is proven by it.
+        #[serde(default)]
+        config: Option<String>,
     },
     /// Of `Tidy`.
     Tidied {
@@ -171,7 +174,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
         }
-        Work::Settle => settle(&places, deadline),
+        Work::Settle => settle(&places, node, request.baseline.as_ref(), deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
@@ -260,15 +263,16 @@ pub fn snapshot(
 
 /// Trusts the newest candidate if the live program, runtime, service files and config are exactly what it holds: the
 /// node has just served for the settling time with them.
-fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
+fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: Deadline) -> Result<Answer> {
     let Some(store) = open_store(places)? else {
-        return Ok(Answer::Settled { id: None, why: Some("there is no store yet".into()) });
+        return Ok(Answer::Settled { id: None, why: Some("there is no store yet".into()), config: None });
     };
     let Some(newest) = store.list()?.into_iter().max_by_key(|i| i.number) else {
-        return Ok(Answer::Settled { id: None, why: Some("there is no snapshot yet".into()) });
+        return Ok(Answer::Settled { id: None, why: Some("there is no snapshot yet".into()), config: None });
     };
+    let config = node::config::load(node).ok().map(|l| node::config::fingerprint(&l.value));
     if newest.trust.trusted() {
-        return Ok(Answer::Settled { id: Some(newest.id), why: None });
+        return Ok(Answer::Settled { id: Some(newest.id), why: None, config });
     }
     let before = store.newest_trusted(None)?;
     // What was carried over from a trusted snapshot was proven by that one; what lies on disk since may never have run.
@@ -290,7 +294,15 @@ fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
             first.root,
             first.path.display()
         );
-        return Ok(Answer::Settled { id: None, why: Some(why) });
+        return Ok(Answer::Settled { id: None, why: Some(why), config: None });
+    }
+    // A gateway goes on with the config it read and only logs that a changed one was refused: serving proves nothing.
+    if let Some(baseline) = baseline
+        && let Some(checked) = refusal::current(node, baseline, deadline)
+        && let Some(refused) = refusal::news(node, baseline, &checked).first()
+    {
+        let why = format!("the program refuses its config: {}", refused.words());
+        return Ok(Answer::Settled { id: None, why: Some(why), config: None });
     }
     if let Some(before) = before {
         // A user's tree that is empty all of a sudden is no good copy of it, whoever emptied it.
@@ -302,11 +314,11 @@ fn settle(places: &Places, deadline: Deadline) -> Result<Answer> {
                 "the {class} held {} files in snapshot {} and holds none now; `koboshi accept` trusts it all the same",
                 was.files, before.id
             );
-            return Ok(Answer::Settled { id: None, why: Some(why) });
+            return Ok(Answer::Settled { id: None, why: Some(why), config: None });
         }
     }
     store.set_trust(&newest.id, Trust::Good)?;
-    Ok(Answer::Settled { id: Some(newest.id), why: None })
+    Ok(Answer::Settled { id: Some(newest.id), why: None, config })
 }
 
 fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {

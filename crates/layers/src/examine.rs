@@ -8,6 +8,7 @@ use crate::restore::Choice;
 use engine::{Class, FaultKind, Finding};
 use host::Result;
 use host::clock::Deadline;
+use node::refusal::Checked;
 use node::{Baseline, Node, triage};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -71,6 +72,9 @@ pub struct Examination {
     pub version: Option<String>,
     /// Hash of what a start would run with now: program, runtime, config and databases as they lie on disk.
     pub inputs: u64,
+    /// What the program itself says of the config, so that it need not be asked again about the same one.
+    #[serde(default)]
+    pub checked: Option<Checked>,
     /// CPU time it took, in milliseconds.
     pub cpu_ms: f64,
     /// Elapsed time, in milliseconds.
@@ -94,7 +98,8 @@ pub fn examine(
     let unknown = Baseline::default();
     // A large database must not cost the whole look: what cannot be checked in time is unknown, not broken.
     let for_triage = deadline.min(Deadline::after(TRIAGE_LIMIT));
-    let mut findings = triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
+    let triage::Triage { mut findings, checked } =
+        triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
     let trusted = match store {
         Some(store) => store.newest_trusted(None)?,
         None => None,
@@ -124,6 +129,7 @@ pub fn examine(
         ages_s: trusted.as_ref().map(ages).unwrap_or_default(),
         findings,
         differences,
+        checked,
         cpu_ms: cpu_ms(),
         wall_ms: host::clock::now().since_ms(began).unwrap_or(0) as f64,
     })

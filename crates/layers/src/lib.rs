@@ -5,6 +5,7 @@
 
 pub mod examine;
 pub mod in_place;
+mod mend;
 pub mod quiet;
 pub mod restart;
 pub mod restore;

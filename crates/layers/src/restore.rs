@@ -393,6 +393,14 @@ fn make_dirs(top: &Path, dir: &Path) -> std::io::Result<std::os::fd::OwnedFd> {
 
 /// Repairs what `choice` allows from the newest trusted snapshot whose gates are open and whose bytes prove right.
 pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report) -> Result<()> {
+    let mut choice = choice.clone();
+    if choice.config && crate::mend::config(bench, report)? {
+        choice.config = false;
+        if choice.is_empty() {
+            return Ok(());
+        }
+    }
+    let choice = &choice;
     let Some(store) = bench.store else {
         return Err(Error::new(Kind::NotFound, "restore from a snapshot", "there is no store on this host")
             .hint("koboshi snapshot create"));

@@ -299,6 +299,14 @@ pub(crate) fn may(node: &Node, meta: &std::fs::Metadata, bit: u32) -> bool {
     }
 }
 
+/// Whether two configs agree on where the gateway listens and whom it lets in: a repair never changes that by itself.
+#[must_use]
+pub fn lets_in_the_same(one: &Value, other: &Value) -> bool {
+    ["/gateway/auth", "/gateway/bind", "/gateway/tailscale", "/gateway/mode"]
+        .iter()
+        .all(|at| one.pointer(at) == other.pointer(at))
+}
+
 /// The channels that the config names: what may fail in `readyz` without the node being down.
 #[must_use]
 pub fn channels(value: &Value) -> Vec<String> {
@@ -463,6 +471,19 @@ fn from_file(
 
 /// The variables a gateway would see: its unit and environment files first, then `.env`, then the config's own.
 struct Variables(Vec<(String, BTreeMap<String, String>)>);
+
+/// Every variable that the node's gateway sees, the one that wins where a name is set twice.
+#[must_use]
+pub fn variables(node: &Node) -> BTreeMap<String, String> {
+    let config = load(node).map(|l| l.value).unwrap_or_default();
+    let mut all = BTreeMap::new();
+    for (_, layer) in Variables::of(node, &config).0 {
+        for (name, value) in layer {
+            all.entry(name).or_insert(value);
+        }
+    }
+    all
+}
 
 impl Variables {
     fn of(node: &Node, config: &Value) -> Variables {

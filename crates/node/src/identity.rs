@@ -6,6 +6,7 @@
 //! Nothing secret leaves this module: the device id only as a fingerprint, contents only as counts.
 
 use crate::Node;
+use crate::refusal::Checked;
 use engine::Moment;
 use host::clock::Deadline;
 use host::error::{Error, Kind, Result};
@@ -86,6 +87,9 @@ pub struct Baseline {
     pub program_hash: Option<String>,
     /// What the config said ([`crate::config::fingerprint`]).
     pub config: Option<String>,
+    /// What the program itself says of the configs met lately, the newest last ([`crate::refusal`]).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub checked: Vec<Checked>,
     /// When the node was last onboarded, by its own config.
     pub onboarded: Option<String>,
     /// What `readyz` named as failing while it served.
@@ -107,11 +111,28 @@ impl Baseline {
             counts: identity.counts,
             program_hash: None,
             config: loaded.as_ref().map(|l| crate::config::fingerprint(&l.value)),
+            checked: Vec::new(),
             onboarded: loaded.as_ref().and_then(|l| onboarded(&l.value)),
             failing,
             schema: Some(identity.schema),
             taken: Some(now),
         })
+    }
+
+    /// Remembers what the program said of a config; what it said of the one that served is kept longest.
+    pub fn remember(&mut self, checked: Checked) {
+        /// The one that served, the one that lies there, and a few tries between.
+        const MOST: usize = 6;
+        let same = |c: &Checked| c.config == checked.config && c.version == checked.version;
+        if self.checked.iter().any(same) {
+            return;
+        }
+        if self.checked.len() >= MOST {
+            let served = self.config.clone();
+            let oldest = self.checked.iter().position(|c| Some(&c.config) != served.as_ref());
+            self.checked.remove(oldest.unwrap_or(0));
+        }
+        self.checked.push(checked);
     }
 }
 

@@ -12,6 +12,7 @@ use crate::identity::Baseline;
 use crate::probe::{
     Health, IdentityLook, Listening, Look, Main, Process, Ready, ServiceLook, ServicePhase, Startup,
 };
+use crate::refusal::Checked;
 use crate::ws::HelloResult;
 use engine::{Class, FaultKind, Finding, Moment, Verdict};
 use host::process::ProcessId;
@@ -258,6 +259,16 @@ impl Judge {
     /// What is expected of the node from now on (a new version has settled, an onboarding was accepted).
     pub fn set_baseline(&mut self, baseline: Baseline) {
         self.baseline = baseline;
+    }
+
+    /// Remembers what the program said of a config, so that it is asked once.
+    pub fn config_checked(&mut self, checked: Checked) {
+        self.baseline.remember(checked);
+    }
+
+    /// The config that lies there has served for the settling time: it is what later ones are measured by.
+    pub fn config_served(&mut self, config: String) {
+        self.baseline.config = Some(config);
     }
 
     /// What is expected of the node.

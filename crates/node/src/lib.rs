@@ -13,6 +13,7 @@ pub mod judge;
 pub mod lock;
 pub mod probe;
 pub mod range;
+pub mod refusal;
 pub mod roots;
 pub mod salvage;
 pub mod triage;

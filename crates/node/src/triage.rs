@@ -6,6 +6,7 @@
 //! snapshot is said.
 
 use crate::identity::{Baseline, DbState, check_database, read_identity};
+use crate::refusal::{self, Checked};
 use crate::{Node, config, gates, identity, probe, update};
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
@@ -32,14 +33,24 @@ const LOG_TAIL_BYTES: u64 = 64 << 10;
 /// Words of the gateway kept as evidence.
 const WORDS_LIMIT_CHARS: usize = 300;
 
+/// What a look at every source found.
+#[derive(Debug, Clone, Default)]
+pub struct Triage {
+    /// What is wrong, independent of each other.
+    pub findings: Vec<Finding>,
+    /// What the program says of the config that lies there, where it could be asked.
+    pub checked: Option<Checked>,
+}
+
 /// Looks at every source once. Never longer than the deadline, one unreadable source never hides another.
 #[must_use]
-pub fn examine(node: &Node, baseline: &Baseline, depth: Depth, deadline: Deadline) -> Vec<Finding> {
+pub fn examine(node: &Node, baseline: &Baseline, depth: Depth, deadline: Deadline) -> Triage {
     let mut findings = Vec::new();
+    let checked;
     program(node, &mut findings);
     runtime(node, depth, deadline, &mut findings);
     service(node, &mut findings);
-    findings.extend(configuration(node, baseline));
+    (findings, checked) = configuration(node, baseline, deadline, findings);
     roots(node, baseline, &mut findings);
     databases(node, baseline, depth, deadline, &mut findings);
     schema(node, deadline, &mut findings);
@@ -49,7 +60,7 @@ pub fn examine(node: &Node, baseline: &Baseline, depth: Depth, deadline: Deadlin
     if let Some(what) = update::at_work(node) {
         findings.push(finding(FaultKind::UpdateAtWork, Some(Class::Program), what));
     }
-    findings
+    Triage { findings, checked }
 }
 
 fn finding(kind: FaultKind, class: Option<Class>, what: impl Into<String>) -> Finding {
@@ -175,31 +186,50 @@ fn service(node: &Node, findings: &mut Vec<Finding>) {
     }
 }
 
-/// The config by itself; then, when it is whole, whether the gateway blamed it for something only it can know (an
-/// unknown key) *and* it says something else than when the node last served.
-fn configuration(node: &Node, baseline: &Baseline) -> Vec<Finding> {
-    let mut found = config::check(node);
+/// The config by itself; then, when it parses and is not the one with which the node served, what the program says of
+/// it; and only where that cannot be had, whether the gateway's last words blamed it.
+fn configuration(
+    node: &Node,
+    baseline: &Baseline,
+    deadline: Deadline,
+    mut findings: Vec<Finding>,
+) -> (Vec<Finding>, Option<Checked>) {
+    let found = config::check(node);
     if !found.is_empty() {
-        return found;
+        findings.extend(found);
+        return (findings, None);
     }
-    let Ok(loaded) = config::load(node) else { return found };
-    let changed = baseline.config.as_ref().is_some_and(|b| *b != config::fingerprint(&loaded.value));
-    if changed && let Some(words) = blamed(node) {
-        found.push(Finding {
-            kind: FaultKind::ConfigBroken,
-            class: Some(Class::Config),
-            what: "the gateway refuses the config, which has changed since it last served".into(),
-            evidence: vec![words],
-        });
+    let broken = |what: String, evidence: Vec<String>| Finding {
+        kind: FaultKind::ConfigBroken,
+        class: Some(Class::Config),
+        what,
+        evidence,
+    };
+    let checked = refusal::current(node, baseline, deadline);
+    if let Some(checked) = &checked {
+        let words: Vec<String> =
+            refusal::news(node, baseline, checked).iter().map(refusal::Refusal::words).collect();
+        if let Some(first) = words.first() {
+            let what =
+                format!("the program refuses the config, which has changed since it last served ({first})");
+            findings.push(broken(what, words));
+        }
+    } else if let Ok(loaded) = config::load(node)
+        && baseline.config.as_ref().is_some_and(|b| *b != config::fingerprint(&loaded.value))
+        && let Some(words) = blamed(node)
+    {
+        let what = "the gateway refuses the config, which has changed since it last served".to_owned();
+        findings.push(broken(what, vec![words]));
     }
-    found
+    (findings, checked)
 }
 
 /// The gateway's own words about its config, if its last words were about that.
 fn blamed(node: &Node) -> Option<String> {
     let log = probe::newest_log(node)?;
-    let changed = std::fs::metadata(&node.config_path).ok()?.mtime();
-    // Words older than the config speak of another one.
+    let meta = std::fs::metadata(&node.config_path).ok()?;
+    // Words older than the config speak of another one. A file that was put back has its old mtime, but a new ctime.
+    let changed = meta.mtime().max(meta.ctime());
     (std::fs::metadata(&log).ok()?.mtime() >= changed).then_some(())?;
     let tail = tail(&log)?;
     let line = tail.lines().rev().take(40).find(|l| {

@@ -52,7 +52,7 @@ impl Whole {
     }
 
     fn examine(&self) -> Vec<Finding> {
-        examine(&self.node, &self.baseline, Depth::Full, soon())
+        examine(&self.node, &self.baseline, Depth::Full, soon()).findings
     }
 
     fn seen(&self) -> Vec<(FaultKind, Option<Class>)> {
@@ -208,7 +208,7 @@ fn a_node_that_never_served_is_not_missing_anything() {
     let w = Whole::new();
     std::fs::remove_dir_all(w.node.state_dir.join("agents")).expect("rm");
     std::fs::remove_file(w.node.state_db()).expect("rm");
-    assert_eq!(examine(&w.node, &Baseline::default(), Depth::Full, soon()), []);
+    assert_eq!(examine(&w.node, &Baseline::default(), Depth::Full, soon()).findings, []);
 }
 
 #[test]
@@ -241,7 +241,79 @@ fn a_config_that_the_gateway_refused_after_a_change_is_broken() {
         config: Some(config::fingerprint(&config::load(&w.node).expect("config").value)),
         ..w.baseline.clone()
     };
-    assert_eq!(examine(&w.node, &same, Depth::Full, soon()), []);
+    assert_eq!(examine(&w.node, &same, Depth::Full, soon()).findings, []);
+}
+
+#[test]
+#[allow(clippy::disallowed_methods, reason = "files are dated by the wall clock")]
+fn words_about_a_config_that_was_put_right_since_are_not_believed() {
+    let w = Whole::new();
+    let log = w.node.home.join("gateway.log");
+    let config = format!(
+        r#"{{gateway:{{mode:"local",auth:{{token:"t"}}}},logging:{{file:"{}"}},agents:{{defaults:{{workspace:"{}/workspace"}}}}}}"#,
+        log.display(),
+        w.node.state_dir.display()
+    );
+    std::fs::write(&log, "Invalid config: gateway: Unrecognized key: \"bogusKey\"\n").expect("write");
+    // A restored file has the time of its snapshot, long before the words: only its ctime tells when it was put there.
+    let old = std::time::SystemTime::now() - std::time::Duration::from_secs(3_600);
+    std::fs::File::options().write(true).open(&log).expect("open").set_modified(old).expect("date");
+    std::fs::write(&w.node.config_path, config).expect("write");
+    let older = old - std::time::Duration::from_secs(3_600);
+    std::fs::File::options()
+        .write(true)
+        .open(&w.node.config_path)
+        .expect("open")
+        .set_modified(older)
+        .expect("date");
+    assert_eq!(w.examine(), []);
+}
+
+/// A runtime that answers as the program would, and counts how often it is asked.
+fn answers(w: &Whole, answer: &str) {
+    let asked = w.node.home.join("asked");
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo v26.10.0 && exit\necho x >> {}\ncat <<'END'\n{answer}\nEND\n",
+        asked.display()
+    );
+    std::fs::write(&w.node.node_bin, script).expect("write");
+}
+
+#[test]
+fn a_config_that_the_program_refuses_is_broken_before_any_gateway_died_of_it() {
+    let mut w = Whole::new();
+    let asked =
+        |w: &Whole| std::fs::read_to_string(w.node.home.join("asked")).unwrap_or_default().lines().count();
+    let text = std::fs::read_to_string(&w.node.config_path).expect("read");
+    let refusal =
+        r#"{"valid":false,"issues":[{"path":"gateway","message":"Unrecognized key: \"bogusKey\""}]}"#;
+    answers(&w, refusal);
+    assert_eq!(w.examine(), [], "it served with this one, whatever the program says");
+    assert_eq!(asked(&w), 0, "and is not even asked");
+    std::fs::write(&w.node.config_path, text.replace("gateway:{", "gateway:{bogusKey:1,")).expect("write");
+    let looked = examine(&w.node, &w.baseline, Depth::Quick, soon());
+    assert_eq!(looked.findings.len(), 1, "{looked:?}");
+    assert_eq!(looked.findings[0].kind, FaultKind::ConfigBroken);
+    assert!(looked.findings[0].evidence[0].contains("bogusKey"), "{looked:?}");
+    w.baseline.remember(looked.checked.expect("an answer"));
+    assert_eq!(w.seen(), [(FaultKind::ConfigBroken, Some(Class::Config))]);
+    assert_eq!(asked(&w), 1, "the same config is asked about once");
+    // A node of which nothing is known is not told by a program that may lack a plugin.
+    let unknown = Baseline { config: None, ..w.baseline.clone() };
+    assert_eq!(examine(&w.node, &unknown, Depth::Quick, soon()).findings, []);
+    // A channel of the node's own plugin is unknown to a program that does not see the plugin.
+    let channel =
+        r#"{"valid":false,"issues":[{"path":"channels.mine","message":"unknown channel id: mine"}]}"#;
+    answers(&w, channel);
+    std::fs::write(&w.node.config_path, text.replace("gateway:{", "channels:{mine:{}},gateway:{"))
+        .expect("write");
+    assert_eq!(w.seen(), [(FaultKind::ConfigBroken, Some(Class::Config))]);
+    std::fs::create_dir_all(w.node.state_dir.join("extensions/mine")).expect("mkdir");
+    assert_eq!(w.seen(), []);
+    // A program that cannot answer says nothing about the config.
+    answers(&w, "Error: Cannot find module");
+    std::fs::write(&w.node.config_path, text.replace("gateway:{", "other:1,gateway:{")).expect("write");
+    assert_eq!(w.seen(), []);
 }
 
 #[test]
@@ -256,7 +328,8 @@ fn ownership_is_seen_as_the_nodes_user_would_see_it() {
     w.node.ids = host::run::Ids { uid: 12_345, gid: 12_345 };
     chmod(&w.node.state_db(), 0o600);
     chmod(&w.node.node_bin, 0o755);
-    let kinds: Vec<_> = examine(&w.node, &w.baseline, Depth::Quick, soon()).iter().map(|f| f.kind).collect();
+    let kinds: Vec<_> =
+        examine(&w.node, &w.baseline, Depth::Quick, soon()).findings.iter().map(|f| f.kind).collect();
     assert!(kinds.contains(&FaultKind::Permission), "{kinds:?}");
 }
 

@@ -228,14 +228,19 @@ impl Agent {
                 self.daily.state_cost_ms = wall_ms;
                 self.state_next(now);
             }
-            Some(Answer::Settled { id: Some(id), .. }) => {
+            Some(Answer::Settled { id: Some(id), config, .. }) => {
                 self.say(&format!("snapshot {id} is good: the node served with exactly what it holds"));
+                if let Some(config) = config.filter(|_| self.judge.baseline().config.is_some()) {
+                    // From here on this is the config that later ones are measured by.
+                    self.judge.config_served(config);
+                    self.save_baseline();
+                }
                 self.daily.settled = true;
                 self.daily.refused = 0;
                 self.daily.tidy_at = Some(now);
                 self.daily.examine_at = now;
             }
-            Some(Answer::Settled { id: None, why }) => {
+            Some(Answer::Settled { id: None, why, .. }) => {
                 let why = why.unwrap_or_default();
                 self.say(&format!("the newest snapshot is not trusted: {why}"));
                 self.daily.trouble = Some(why);
@@ -285,8 +290,7 @@ impl Agent {
         self.daily.examine_at = now.plus_ms(period.min(SWEEP_MOST_MS) as u64);
         let need = exam.need;
         let findings = exam.findings.clone();
-        self.exam = Some(exam);
-        self.exam_taken = Some((now, Care::Quick));
+        self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
@@ -302,6 +306,24 @@ impl Agent {
                     self.damaged(kind, findings);
                 }
             }
+        }
+    }
+
+    /// Keeps a look, and for good what the program said of the config: it is asked once about each.
+    fn keep(&mut self, exam: Examination, care: Care) {
+        if let Some(checked) = exam.checked.clone()
+            && !self.judge.baseline().checked.contains(&checked)
+        {
+            self.judge.config_checked(checked);
+            self.save_baseline();
+        }
+        self.exam = Some(exam);
+        self.exam_taken = Some((clock::now(), care));
+    }
+
+    fn save_baseline(&self) {
+        if let Err(e) = patient::set_baseline(&self.places, self.judge.baseline()) {
+            self.say(&e.to_string());
         }
     }
 
@@ -541,7 +563,8 @@ impl Agent {
         self.daily.baseline_at = None;
         self.daily.accepted = false;
         match Baseline::take(&self.node, Vec::new(), now, Deadline::after(LIMIT)) {
-            Ok(baseline) => {
+            Ok(mut baseline) => {
+                baseline.checked.clone_from(&self.judge.baseline().checked);
                 let version = baseline.version.clone();
                 if let Err(e) = patient::set_baseline(&self.places, &baseline) {
                     self.say(&e.to_string());
@@ -594,8 +617,7 @@ impl Agent {
         let baseline = self.judge.baseline().clone();
         match self.runner.run("job-examine", Work::Examine { care }, &self.node, Some(&baseline), LIMIT) {
             Ok(Answer::Examined(exam)) => {
-                self.exam = Some((*exam).clone());
-                self.exam_taken = Some((clock::now(), care));
+                self.keep((*exam).clone(), care);
                 Some(*exam)
             }
             Ok(Answer::Failed { what, why }) => {

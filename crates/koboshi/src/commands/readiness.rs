@@ -32,7 +32,8 @@ pub(super) struct Disk {
 
 /// A quick look: what costs milliseconds, and the store's list.
 pub(super) fn look(desk: &Desk, node: &Node) -> Disk {
-    let findings = triage::examine(node, &desk.baseline(), triage::Depth::Quick, Deadline::after(LOOK_LIMIT));
+    let findings =
+        triage::examine(node, &desk.baseline(), triage::Depth::Quick, Deadline::after(LOOK_LIMIT)).findings;
     let good = step::open_store(&desk.places)
         .and_then(|store| store.map_or(Ok(None), |s| s.newest_trusted(None)))
         .map(|info| info.map(|i| i.id));

@@ -50,6 +50,10 @@ const WAKE_AT_LEAST: Duration = Duration::from_secs(30);
 const DRAIN_LIMIT: Duration = Duration::from_secs(330);
 /// Files change in bursts; one look after this long sees them all.
 const SETTLE_FILES_MS: u64 = 300;
+/// Things that go from a user's tree are a reason to look no more often than this.
+const USERS_AGAIN_MS: u64 = 60_000;
+/// Trees of the user's that are watched: one workspace per agent, and a few more.
+const MOST_USERS_ROOTS: usize = 32;
 /// An unchanged status is published again after this long, so that its age says whether the agent lives.
 const PUBLISH_EVERY_MS: u64 = 30_000;
 /// A bare stop of an enabled unit is undone once after this long: systemd records no caller.
@@ -637,10 +641,16 @@ impl Agent {
         let news = |e: &host::watch::Event| match e.key.as_str() {
             "will" | "orders" => false,
             "state" => matches!(e.kind, Change::Appeared | Change::Vanished | Change::Lost),
+            "users" => matches!(e.kind, Change::Vanished | Change::Lost),
             _ => true,
         };
-        if events.iter().any(news) {
+        if events.iter().any(|e| e.key != "users" && news(e)) {
             self.exam_due.get_or_insert(now.plus_ms(SETTLE_FILES_MS));
+        } else if events.iter().any(news) {
+            // Agents make and delete files all day; that all of a tree is gone is seen soon all the same.
+            let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
+            let due = if rested.boot == now.boot { rested.ms.max(now.ms + SETTLE_FILES_MS) } else { now.ms };
+            self.exam_due.get_or_insert(Moment { boot: now.boot, ms: due });
         }
     }
 
@@ -674,6 +684,15 @@ impl Agent {
         if let Some(unit) = &node.unit {
             paths.extend(unit.files.iter().map(|f| ("unit", f.clone())));
         }
+        // Trees of the user's, whose sudden emptiness nothing else tells before the next sweep.
+        let users = [engine::Class::Workspace, engine::Class::Credentials, engine::Class::Sessions];
+        paths.extend(
+            node::roots::roots(node)
+                .into_iter()
+                .filter(|root| users.contains(&root.class))
+                .take(MOST_USERS_ROOTS)
+                .map(|root| ("users", root.path)),
+        );
         for (key, path) in paths {
             if let Err(e) = self.watch.add(&path, key) {
                 self.say(&e.to_string());

@@ -56,7 +56,20 @@ pub(crate) fn binary(root: &Path) -> PathBuf {
 
 /// Runs the demo with these arguments besides `--json` and `--cache`.
 pub(crate) fn start(root: &Path, args: &[&str], rounds: u64) -> Ran {
-    let mut c = Command::new(binary(root));
+    start_in(root, args, rounds, None)
+}
+
+/// The same in the cgroup of this `cgroup.procs`, with everything that it starts.
+pub(crate) fn start_in(root: &Path, args: &[&str], rounds: u64, cgroup_procs: Option<&Path>) -> Ran {
+    let mut c = match cgroup_procs {
+        Some(procs) => {
+            // A process moves itself before it becomes the demo, so that nothing starts outside.
+            let mut c = Command::new("sh");
+            c.args(["-c", "echo 0 > \"$0\" && exec \"$@\""]).arg(procs).arg(binary(root));
+            c
+        }
+        None => Command::new(binary(root)),
+    };
     c.args(["demo", "--json", "--cache"]).arg(cache(root)).args(args);
     let rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
     run(&mut c, Show::No, SETUP_LIMIT + ROUND_LIMIT.saturating_mul(rounds))
@@ -122,16 +135,14 @@ pub(crate) fn read(stdout: &str) -> Result<Report, String> {
         }
         None => Vec::new(),
     };
-    // One number for one round, a list for several.
-    let cold = &object["cold_start_ms"];
-    let cold_start_ms = cold.as_array().map_or_else(
-        || cold.as_f64().into_iter().collect(),
-        |list| list.iter().filter_map(Value::as_f64).collect(),
-    );
+    let colds = object["cold_starts_ms"].as_array().ok_or("no list of cold starts")?;
+    let cold_start_ms =
+        colds.iter().map(|c| c.as_f64().ok_or("a cold start that is no number")).collect::<Result<_, _>>()?;
     Ok(Report { versions: object["versions"].to_string(), faults, skipped, cold_start_ms })
 }
 
-fn fault(v: &Value) -> Result<Fault, String> {
+/// One fault of the list, strictly.
+pub(crate) fn fault(v: &Value) -> Result<Fault, String> {
     Ok(Fault {
         name: text(v, "fault")?,
         layer: text(v, "layer")?,
@@ -181,7 +192,7 @@ mod tests {
     fn object(fault: &str) -> String {
         format!(
             r#"{{"schema":1,"versions":{{"openclaw":"1"}},"faults":[{fault}],"skipped":[{{"fault":"a","reason":"b"}}],
-            "cold_start_ms":14000.5}}"#
+            "cold_start_ms":14000.5,"cold_starts_ms":[14000.5]}}"#
         )
     }
 

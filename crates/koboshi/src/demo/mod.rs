@@ -45,7 +45,8 @@ pub fn run(options: &cli::Demo, printer: Printer) -> Result<Exit> {
         return Ok(list(printer));
     }
     let faults = chosen(&options.faults)?;
-    let (dir, made) = directory(options.dir.as_deref())?;
+    let (dir, made) = directory(options.dir.as_deref())
+        .map_err(|e| e.hint("name a directory that can be written with --dir"))?;
     let mut demo = Demo {
         printer,
         dir,
@@ -55,7 +56,11 @@ pub fn run(options: &cli::Demo, printer: Printer) -> Result<Exit> {
     };
     let result = if options.nodes == 0 { demo.play(&faults) } else { demo.pairs(&faults) };
     demo.clean_up(made, &result);
-    result
+    // What failed inside lies there to be looked at; no failure goes out without a word on what to do.
+    result.map_err(|e| match e.hint {
+        Some(_) => e,
+        None => e.hint(format!("look into {}, then run the demo again", demo.dir.display())),
+    })
 }
 
 fn list(printer: Printer) -> Exit {

@@ -104,12 +104,15 @@ impl Subject {
         gateway.start(Deadline::after(STOP_LIMIT))?;
         let served = self.until_served(halt, &mut gateway, began);
         let seeded = match &served {
-            Ok(_) if seed => seed::rows(&self.stage, &self.node, "before", &self.containers),
+            Ok(_) if seed => seed::rows(&self.stage, &self.node, &self.containers),
             Ok(_) | Err(_) => Ok(()),
         };
         gateway.stop(STOP_LIMIT, Deadline::after(STOP_LIMIT * 2))?;
         containers.remove();
         seeded?;
+        if seed && served.is_ok() {
+            seed::paired_device(&self.node)?;
+        }
         served
     }
 

@@ -469,7 +469,7 @@ fn tear_down(root: &Path, dir: &Path) {
         }
         proc::kill_same(&[agent]);
     }
-    if dir.starts_with(root.join("target")) {
+    if dir.starts_with(root.join("target")) && dir.exists() {
         // What cannot be removed lies in target/ and is named.
         if let Err(e) = std::fs::remove_dir_all(dir) {
             println!("{} stays: {e}", dir.display());

@@ -17,6 +17,14 @@ const HELP_LIMIT: Duration = Duration::from_secs(20);
 pub(crate) fn cargo(root: &Path, args: &[&str]) -> Command {
     let mut c = Command::new(env!("CARGO"));
     c.current_dir(root).args(args);
+    // What `cargo run` told this program about itself. Build scripts that watch these (ring's does) would be run again,
+    // and minutes of what depends on them, whenever a build by hand follows one of ours.
+    for (key, _) in std::env::vars_os() {
+        let name = key.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            c.env_remove(&key);
+        }
+    }
     c
 }
 

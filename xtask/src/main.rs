@@ -25,8 +25,10 @@ cargo xtask check                  format, clippy, tidy, unit tests, 20,000 simu
 cargo xtask tidy                   only what needs no build: paths, leftovers, order of crates, module headers
 cargo xtask test [--full]          what CI runs: check, crash images, root-only tests, the demo on the real program
 cargo xtask field [NAME]...        only the field tests: agents, owner's will, strangers, beside one real node (root)
-cargo xtask bench agent [--minutes N]      the agent at rest: memory, processor, start (default 30 minutes)
-cargo xtask bench recovery [--rounds N]    each fault against a bare cold start (default 5 interleaved pairs)
+cargo xtask bench agent [--minutes 30] [--memory-mb N]
+                                   the agent at rest: memory, processor, I/O, start; in N MB with the page cache dropped
+cargo xtask bench recovery [--rounds 5] [--nodes 3] [--fault NAME]... [--json] [--from FILE]
+                                   each fault beside a bare cold start, in interleaved pairs; --from: of an earlier run
 ";
 
 /// Simulated schedules: enough that each known mutant of the engine is caught, within seconds.
@@ -55,12 +57,12 @@ fn main() -> ExitCode {
         // What the field tests bring along as somebody else's process.
         ["stranger"] => done(field::stranger(None)),
         ["stranger", port] => done(port.parse().is_ok_and(|port| field::stranger(Some(port)))),
-        ["bench", "agent", rest @ ..] => match option(rest, "--minutes", 30) {
-            Some(minutes) => bench::agent(&root(), minutes),
+        ["bench", "agent", rest @ ..] => match rest_options(rest) {
+            Some(options) => bench::agent(&root(), &options),
             None => usage(2),
         },
-        ["bench", "recovery", rest @ ..] => match option(rest, "--rounds", 5) {
-            Some(rounds) => bench::recovery(&root(), rounds),
+        ["bench", "recovery", rest @ ..] => match recovery_options(rest) {
+            Some(options) => bench::recovery(&root(), &options),
             None => usage(2),
         },
         ["help" | "--help" | "-h"] => usage(0),
@@ -77,12 +79,56 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_owned)
 }
 
-fn option(args: &[&str], name: &str, default: u64) -> Option<u64> {
-    match args {
-        [] => Some(default),
-        [key, value] if *key == name => value.parse().ok().filter(|n| *n > 0),
-        _ => None,
+fn rest_options(mut args: &[&str]) -> Option<bench::Rest> {
+    let mut options = bench::Rest::default();
+    while let [key, after @ ..] = args {
+        args = match (*key, after) {
+            ("--minutes", [n, after @ ..]) => {
+                options.minutes = positive(n)?;
+                after
+            }
+            ("--memory-mb", [n, after @ ..]) => {
+                options.memory_mb = Some(positive(n)?);
+                after
+            }
+            _ => return None,
+        };
     }
+    Some(options)
+}
+
+fn recovery_options(mut args: &[&str]) -> Option<bench::Recovery> {
+    let mut options = bench::Recovery::default();
+    while let [key, after @ ..] = args {
+        args = match (*key, after) {
+            ("--rounds", [n, after @ ..]) => {
+                options.rounds = positive(n)?;
+                after
+            }
+            ("--nodes", [n, after @ ..]) => {
+                options.nodes = positive(n)?;
+                after
+            }
+            ("--fault", [name, after @ ..]) => {
+                options.faults.push((*name).to_owned());
+                after
+            }
+            ("--from", [file, after @ ..]) => {
+                options.from = Some(PathBuf::from(file));
+                after
+            }
+            ("--json", after) => {
+                options.json = true;
+                after
+            }
+            _ => return None,
+        };
+    }
+    Some(options)
+}
+
+fn positive(text: &str) -> Option<u64> {
+    text.parse().ok().filter(|n| *n > 0)
 }
 
 fn check() -> ExitCode {

@@ -22,8 +22,6 @@ pub(crate) struct Stat {
     pub(crate) own_ticks: u64,
     /// The same of children that have ended and been waited for.
     pub(crate) children_ticks: u64,
-    /// Time spent waiting for block I/O; 0 where the kernel does not account for it.
-    pub(crate) blocked_ticks: u64,
 }
 
 pub(crate) fn stat(pid: u32) -> Option<Stat> {
@@ -38,7 +36,6 @@ pub(crate) fn stat(pid: u32) -> Option<Stat> {
         ppid: u32::try_from(number(4)?).ok()?,
         own_ticks: number(14)? + number(15)?,
         children_ticks: number(16)? + number(17)?,
-        blocked_ticks: number(42).unwrap_or(0),
     })
 }
 
@@ -69,6 +66,39 @@ pub(crate) fn family(pid: u32) -> Vec<Id> {
         next += 1;
     }
     out
+}
+
+fn tasks(pid: u32) -> Vec<std::path::PathBuf> {
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    dir.filter_map(|e| Some(e.ok()?.path())).collect()
+}
+
+/// The living children of all its threads, without looking at every process there is.
+pub(crate) fn children(pid: u32) -> Vec<Id> {
+    let lists = tasks(pid).into_iter().filter_map(|t| std::fs::read_to_string(t.join("children")).ok());
+    let mut out = Vec::new();
+    for list in lists {
+        let pids = list.split_ascii_whitespace().filter_map(|p| p.parse().ok());
+        out.extend(pids.filter_map(stat).map(|s| s.id));
+    }
+    out
+}
+
+/// Time that its living threads spent waiting for block I/O; 0 where the kernel does not account for it
+/// (`kernel.task_delayacct`). A process's own entry tells of its first thread only.
+pub(crate) fn blocked_ticks(pid: u32) -> u64 {
+    let of = |task: std::path::PathBuf| {
+        let text = std::fs::read_to_string(task.join("stat")).ok()?;
+        // Field 42 of proc(5); the first after the name is field 3.
+        text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace().nth(42 - 3)?.parse::<u64>().ok()
+    };
+    tasks(pid).into_iter().filter_map(of).sum()
+}
+
+/// What it has caused to be read from disk; 0 where nobody may know.
+pub(crate) fn read_bytes(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    text.lines().find_map(|l| l.strip_prefix("read_bytes: ")?.trim().parse().ok()).unwrap_or(0)
 }
 
 pub(crate) fn signal(pids: &[u32], signal: Signal) {
@@ -118,6 +148,10 @@ mod tests {
         assert!(!alive(Id { start_ticks: me.id.start_ticks + 1, ..me.id }));
         assert!(family(me.ppid).contains(&me.id));
         assert!(memory_bytes(me.id.pid, "VmRSS").unwrap() > 100_000);
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(children(me.id.pid).iter().filter(|c| c.pid == child.id()).count(), 1);
+        child.kill().unwrap();
+        child.wait().unwrap();
         let exe = std::env::current_exe().unwrap();
         assert!(running(&exe, &[]).contains(&me.id));
         assert!(

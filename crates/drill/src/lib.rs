@@ -7,6 +7,7 @@
 pub mod faults;
 pub mod ledger;
 pub mod preload;
+pub mod seed;
 
 use engine::Layer;
 use host::Result;

@@ -259,4 +259,12 @@ pub struct Demo {
     /// List the faults and stop.
     #[arg(long)]
     pub list: bool,
+    /// For the figures: this many nodes take turns, and each fault has a bare cold start beside it (0: one node, as
+    /// shown to people).
+    #[arg(long, hide = true, default_value_t = 0, conflicts_with_all = ["keep", "no_faults"],
+        value_parser = clap::value_parser!(u32).range(0..=8))]
+    pub nodes: u32,
+    /// For the figures: each result goes to this file as soon as it is known, one JSON object a line.
+    #[arg(long, hide = true, value_name = "FILE", requires = "nodes")]
+    pub results: Option<PathBuf>,
 }

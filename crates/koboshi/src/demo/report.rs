@@ -91,9 +91,12 @@ impl Row {
 
     /// Whether it came out as it must: recovered by a right layer, and nothing lost.
     pub fn right(&self) -> bool {
-        self.outcome == Outcome::Recovered
-            && self.lost_bytes == 0
-            && self.layer.is_some_and(|l| self.fault.healed_by.contains(&l))
+        self.righted() && self.layer.is_some_and(|l| self.fault.healed_by.contains(&l))
+    }
+
+    /// Whether it stands again with nothing lost, by whichever layer: what the exit code tells.
+    pub fn righted(&self) -> bool {
+        self.outcome == Outcome::Recovered && self.lost_bytes == 0
     }
 
     fn layer(&self) -> &'static str {
@@ -127,18 +130,17 @@ impl Row {
         line
     }
 
-    fn json(&self) -> Value {
+    /// As documented, and nothing else.
+    pub fn json(&self) -> Value {
         json!({
             "fault": self.fault.name,
             "layer": self.layer(),
             "outcome": self.outcome(),
-            "right": self.right(),
             "detect_ms": self.detect_ms,
             "repair_ms": self.repair_ms,
             "start_ms": self.start_ms,
             "judge_ms": self.judge_ms,
             "down_ms": self.down_ms,
-            "decided_to_serving_ms": self.decided_to_serving_ms(),
             "lost_bytes": self.lost_bytes,
         })
     }

@@ -34,6 +34,11 @@ const OUTPUT_LIMIT_BYTES: u64 = 4 << 20;
 /// Nothing that was downloaded is believed to be larger than this when unpacked.
 const UNPACK: UnpackLimits = UnpackLimits { files: 100_000, bytes: 2 << 30 };
 
+/// npm nests a dozen directories; more is a loop.
+const MAX_DEPTH: usize = 64;
+/// Begins the name of the file that says that an install is whole; the version follows.
+const MARKER: &str = "installed-";
+
 /// The directories of one demo.
 #[derive(Debug, Clone)]
 pub struct Stage {
@@ -65,6 +70,30 @@ impl Stage {
         Ok(stage)
     }
 
+    /// Takes runtime, npm and program over from another stage: real copies, because the faults damage these trees, and
+    /// cheap ones where the file system can share blocks. The marker comes last, so that half a copy is no install.
+    pub fn copy_program(&self, from: &Stage) -> Result<()> {
+        let markers = |dir: &Path| -> Result<Vec<OsString>> {
+            let entries = std::fs::read_dir(dir).context(|| format!("list {}", dir.display()))?;
+            let names = entries.flatten().map(|e| e.file_name());
+            Ok(names.filter(|name| name.to_string_lossy().starts_with(MARKER)).collect())
+        };
+        if !markers(&self.dir)?.is_empty() {
+            return Ok(());
+        }
+        for name in ["runtime", "npm", "prefix"] {
+            let half = self.dir.join(name);
+            if half.exists() {
+                std::fs::remove_dir_all(&half).context(|| format!("clear {}", half.display()))?;
+            }
+            copy_tree(&from.dir.join(name), &self.dir.join(name), MAX_DEPTH)?;
+        }
+        for name in markers(&from.dir)? {
+            files::write_atomic(&self.dir.join(name), b"", 0o600)?;
+        }
+        Ok(())
+    }
+
     fn runtime(&self) -> PathBuf {
         self.dir.join("runtime")
     }
@@ -72,6 +101,29 @@ impl Stage {
     fn npm(&self) -> PathBuf {
         self.dir.join("npm")
     }
+}
+
+/// Copies a tree without following its links.
+fn copy_tree(from: &Path, to: &Path, depth: usize) -> Result<()> {
+    let what = || format!("copy {} to {}", from.display(), to.display());
+    if depth == 0 {
+        return Err(Error::new(Kind::Usage, what(), format!("it is more than {MAX_DEPTH} directories deep")));
+    }
+    std::fs::create_dir_all(to).context(what)?;
+    for entry in std::fs::read_dir(from).context(what)? {
+        let entry = entry.context(what)?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let kind = entry.file_type().context(what)?;
+        if kind.is_dir() {
+            copy_tree(&source, &target, depth - 1)?;
+        } else if kind.is_symlink() {
+            let aim = std::fs::read_link(&source).context(what)?;
+            std::os::unix::fs::symlink(aim, &target).context(what)?;
+        } else {
+            std::fs::copy(&source, &target).context(what)?;
+        }
+    }
+    Ok(())
 }
 
 /// The versions that were fetched.
@@ -179,7 +231,7 @@ fn fetch(registry: &Registry, package: &Package, cache: &Path, to: &Path, printe
 }
 
 fn install(stage: &Stage, program: &Package, containers: &Containers, printer: Printer) -> Result<()> {
-    let marker = stage.dir.join(format!("installed-{}", program.version));
+    let marker = stage.dir.join(format!("{MARKER}{}", program.version));
     if marker.exists() {
         return Ok(());
     }
@@ -280,32 +332,8 @@ fn keep_at_home(config: &Path) -> Result<()> {
     files::write_atomic(config, &text, 0o600)
 }
 
-/// Adds one cron job through the running gateway: a database row that a user would miss.
-pub fn add_cron_job(stage: &Stage, patient: &Node, name: &str, containers: &Containers) -> Result<()> {
-    let args: Vec<OsString> = std::iter::once(patient.package_dir.join("openclaw.mjs").into_os_string())
-        .chain(
-            [
-                "cron",
-                "add",
-                "--name",
-                name,
-                "--cron",
-                "0 5 1 1 *",
-                "--session",
-                "main",
-                "--system-event",
-                "a row of the demo's user",
-                "--disabled",
-                "--json",
-            ]
-            .map(OsString::from),
-        )
-        .collect();
-    contained(stage, containers, "cron", args, ONBOARD_LIMIT)
-}
-
 /// Runs Node with `args` as a step of the set-up; its output goes to `<name>.log`.
-fn contained<A: Into<OsString>>(
+pub fn contained<A: Into<OsString>>(
     stage: &Stage,
     containers: &Containers,
     name: &str,

@@ -162,6 +162,14 @@ impl Daily {
         job.into_iter().chain(delivery).collect()
     }
 
+    /// The next look, at the latest. One that was asked for while the last one looked stays asked for: what it was asked
+    /// about may have come after the eyes had passed.
+    fn examine_by(&mut self, at: Moment) {
+        if self.examine_at.boot != at.boot || at.ms < self.examine_at.ms {
+            self.examine_at = at;
+        }
+    }
+
     /// Ends the background job: an incident needs disk and processor now.
     pub(super) fn make_way(&mut self) {
         if let Some((job, mut running)) = self.job.take() {
@@ -287,7 +295,7 @@ impl Agent {
     /// What a look at the disk of a serving node leads to.
     fn examined(&mut self, now: Moment, exam: Examination) {
         let period = (exam.cpu_ms * SWEEP_CPU_SHARE).max(exam.wall_ms * SWEEP_WALL_SHARE).max(SWEEP_LEAST_MS);
-        self.daily.examine_at = now.plus_ms(period.min(SWEEP_MOST_MS) as u64);
+        self.daily.examine_by(now.plus_ms(period.min(SWEEP_MOST_MS) as u64));
         let need = exam.need;
         let findings = exam.findings.clone();
         self.keep(exam, Care::Quick);
@@ -299,7 +307,7 @@ impl Agent {
                     self.backups(now);
                 }
             }
-            Need::Later => self.daily.examine_at = now.plus_ms(LOOK_AGAIN_MS),
+            Need::Later => self.daily.examine_by(now.plus_ms(LOOK_AGAIN_MS)),
             Need::InPlace | Need::Interruption => {
                 let kind = if need == Need::InPlace { IncidentKind::Latent } else { IncidentKind::Damage };
                 if serving {
@@ -683,4 +691,23 @@ fn stamp(paths: &[std::path::PathBuf]) -> u64 {
         }
     }
     hash.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_asked_for_while_another_looks_is_not_put_off() {
+        let at = |ms| Moment { boot: 1, ms };
+        let mut daily = Daily::new(at(0));
+        // The look begins: the next one is far off until its cost is known.
+        daily.examine_at = at(1_000_000);
+        daily.examine_by(at(60_000));
+        assert_eq!(daily.examine_at, at(60_000));
+        // A database goes while the look is under way.
+        daily.examine_soon(at(5_000));
+        daily.examine_by(at(70_000));
+        assert_eq!(daily.examine_at, at(5_000));
+    }
 }

@@ -10,9 +10,9 @@ use crate::seal;
 use crate::snapshot::{Known, WORKERS, to_path};
 use crate::tree::{Entry, EntryKind, TreeReader, TreeWriter, compare_paths};
 use crate::walk::{COMPANIONS, Filter, Found, Step, Walk};
-use crate::{Depth, Difference, DifferenceKind};
+use crate::{Depth, Difference, DifferenceKind, files};
 use host::clock::Deadline;
-use host::{Error, Kind, Result};
+use host::{Context, Error, Kind, Result};
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError, mpsc};
@@ -470,7 +470,7 @@ fn refresh(layout: &Layout, reference: &RootRef, mut refreshed: Vec<Entry>) -> R
     }
     // The basis stands in the first frame, so an index that keeps it is copied under it once more.
     let tmp = if basis == [0; 16] { tmp } else { rebase(layout, &tmp, basis)? };
-    std::fs::rename(&tmp.1, &path).map_err(|e| Error::io(format!("publishing {}", path.display()), &e))?;
+    files::rename(&tmp.1, &path).context(|| format!("publishing {}", path.display()))?;
     Ok(())
 }
 
@@ -485,6 +485,6 @@ pub(crate) fn rebase(
     while let Some(e) = old.next()? {
         new.push(&e)?;
     }
-    let _ = std::fs::remove_file(&from.1);
+    let _ = files::remove(&from.1);
     new.finish()
 }

@@ -10,6 +10,9 @@ mod beneath;
 mod compare;
 mod content;
 mod database;
+#[cfg(feature = "fault")]
+#[doc(hidden)]
+pub mod fault;
 mod files;
 mod hex;
 mod key;

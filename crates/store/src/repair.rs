@@ -9,7 +9,7 @@
 use crate::beneath::{Base, DIR, NoBase, OWN_PREFIX, Stat, chmod_handle, handle, open_beneath};
 use crate::compare::{self, Ids};
 use crate::content::{domain, late};
-use crate::files::Meter;
+use crate::files::{self, Meter};
 use crate::key::{self, Domain, Name};
 use crate::layout::{Head, Layout, RootRef};
 use crate::pack::{ObjectReader, Objects};
@@ -473,7 +473,7 @@ impl<'a> Stage<'a> {
             base.parent_of(&[]).context(|| format!("opening the spare {}", path.display()))?;
         let tmp = self.own_name()?;
         // To a name of ours beside the place first: only a rename within one directory may follow in phase 2.
-        match rustix::fs::renameat_with(&from, &from_name, staged.base.top(), &tmp, RenameFlags::NOREPLACE) {
+        match files::rename_at(&from, &from_name, staged.base.top(), &tmp, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(_) => return Ok(false),
         }
@@ -531,7 +531,7 @@ impl<'a> Stage<'a> {
     /// Removes what phase 1 made; it was never part of the node.
     fn undo(&mut self) {
         for (from, from_name, dir, tmp) in self.taken.drain(..) {
-            let _ = rustix::fs::renameat_with(&dir, &tmp, &from, &from_name, RenameFlags::NOREPLACE);
+            let _ = files::rename_at(&dir, &tmp, &from, &from_name, RenameFlags::NOREPLACE);
         }
         for (dir, name) in self.made.drain(..).rev() {
             // What stays is moved to the quarantine by the next repair.
@@ -854,7 +854,7 @@ impl Writer<'_> {
         }
         finish(file.as_fd(), entry).context(what)?;
         if self.sync_each {
-            file.sync_all().context(what)?;
+            files::sync_file(&file).context(what)?;
         }
         self.files.fetch_add(1, Atomic::Relaxed);
         self.bytes.fetch_add(entry.size, Atomic::Relaxed);
@@ -926,7 +926,7 @@ fn sync_file_systems(staged: &Staged<'_>) -> Result<()> {
         let dev = rustix::fs::fstat(dir).context(what)?.st_dev;
         if !seen.contains(&dev) {
             seen.push(dev);
-            rustix::fs::syncfs(dir).context(what)?;
+            files::sync_file_system(dir).context(what)?;
         }
     }
     Ok(())
@@ -961,7 +961,7 @@ fn place(root: &Staged<'_>, quarantine: &mut Quarantine<'_>, done: &mut Repaired
                         }
                     }
                     // The log must be gone for certain before a main file that it does not belong to appears.
-                    rustix::fs::fsync(dir).context(|| what(path))?;
+                    files::sync_opened(dir).context(|| what(path))?;
                 }
                 exchange(dir.as_fd(), tmp, &last, quarantine, name, path)?;
                 touched(dir.as_fd())?;
@@ -984,10 +984,10 @@ fn place(root: &Staged<'_>, quarantine: &mut Quarantine<'_>, done: &mut Repaired
         done.attributes += 1;
     }
     if dirs.len() > SYNC_EACH_FILES {
-        rustix::fs::syncfs(root.base.top()).context(|| what(b""))?;
+        files::sync_file_system(root.base.top()).context(|| what(b""))?;
     } else {
         for dir in dirs.values() {
-            rustix::fs::fsync(dir).context(|| what(b""))?;
+            files::sync_opened(dir).context(|| what(b""))?;
         }
     }
     Ok(())
@@ -1003,7 +1003,7 @@ fn exchange(
     path: &[u8],
 ) -> Result<()> {
     let what = || format!("putting {} in place", to_path(path).display());
-    match rustix::fs::renameat_with(dir, tmp, dir, last, RenameFlags::NOREPLACE) {
+    match files::rename_at(dir, tmp, dir, last, RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(()),
         Err(Errno::EXIST) => {}
         // A file system without such renames.
@@ -1011,15 +1011,15 @@ fn exchange(
             if Stat::at(dir, last).is_ok() {
                 quarantine.take(dir, last, root, path)?;
             }
-            return rustix::fs::renameat(dir, tmp, dir, last).context(what);
+            return files::rename_at(dir, tmp, dir, last, RenameFlags::empty()).context(what);
         }
         Err(e) => return Err(Error::io(what(), &std::io::Error::from(e))),
     }
-    match rustix::fs::renameat_with(dir, tmp, dir, last, RenameFlags::EXCHANGE) {
+    match files::rename_at(dir, tmp, dir, last, RenameFlags::EXCHANGE) {
         Ok(()) => quarantine.take(dir, tmp, root, path),
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP | Errno::XDEV) => {
             quarantine.take(dir, last, root, path)?;
-            rustix::fs::renameat(dir, tmp, dir, last).context(what)
+            files::rename_at(dir, tmp, dir, last, RenameFlags::empty()).context(what)
         }
         Err(e) => Err(Error::io(what(), &std::io::Error::from(e))),
     }

@@ -276,6 +276,32 @@ impl Objects {
     pub(crate) fn has(&self, name: &Name) -> bool {
         self.records.binary_search_by(|r| r.name.cmp(name)).is_ok()
     }
+
+    /// Where an object lies in several places, forgets those that fail their proof, so that nobody keeps the broken one
+    /// and throws the good one away. A crash between healing and removing leaves such twins; there are few.
+    pub(crate) fn forget_broken_twins(&mut self, key: &Key) {
+        let twin = |i: usize, j: usize| self.records.get(j).is_some_and(|r| r.name == self.records[i].name);
+        let twins: Vec<usize> = (0..self.records.len())
+            .filter(|i| twin(*i, i + 1) || i.checked_sub(1).is_some_and(|j| twin(*i, j)))
+            .collect();
+        let mut reader = ObjectReader::new(self, key);
+        let broken: HashSet<usize> =
+            twins.iter().copied().filter(|i| !reader.proves(&self.records[*i])).collect();
+        // With all of them broken the first stays: its pack is kept for whoever can mend it.
+        let mut keep = Vec::with_capacity(self.records.len());
+        for (i, r) in self.records.iter().enumerate() {
+            let alone = !keep.last().is_some_and(|k: &Record| k.name == r.name)
+                && !self.records[i + 1..]
+                    .iter()
+                    .take_while(|n| n.name == r.name)
+                    .enumerate()
+                    .any(|(n, _)| !broken.contains(&(i + 1 + n)));
+            if !broken.contains(&i) || alone {
+                keep.push(*r);
+            }
+        }
+        self.records = keep;
+    }
 }
 
 impl Pack {
@@ -287,8 +313,12 @@ impl Pack {
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(|_| corrupt("it is cut short"))?;
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-        // The header is part of every block's proof, so a damaged one is fatal to its pack.
-        seal::check_header(&header, FileKind::Pack, key).map_err(|why| corrupt(&why))?;
+        // The header is part of every block's proof: without it as it was, nothing of the pack opens.
+        let mut header_damage = None;
+        if let Err(why) = seal::check_header(&header, FileKind::Pack, key) {
+            header = seal::mend_header(&header, FileKind::Pack, key).ok_or_else(|| corrupt(&why))?;
+            header_damage = Some(why);
+        }
         let mut pack =
             Pack { path: path.to_owned(), name, file, header, bytes, blocks: Vec::new(), index_damage: None };
         let from = records.len();
@@ -298,6 +328,7 @@ impl Pack {
             pack.scan_blocks(key, ordinal, records)?;
             pack.index_damage = Some(why);
         }
+        pack.index_damage = header_damage.or(pack.index_damage);
         Ok(pack)
     }
 
@@ -500,6 +531,16 @@ impl<'a> ObjectReader<'a> {
                 Err(format!("block {number} of pack {}: {why}", held.name))
             }
         }
+    }
+
+    /// Whether this very place holds what it says.
+    pub(crate) fn proves(&mut self, record: &Record) -> bool {
+        let from = record.offset as usize;
+        self.block(record.pack, record.block).is_ok_and(|b| {
+            b.data()
+                .get(from..from + record.length())
+                .is_some_and(|bytes| self.key.name(record.domain(), bytes) == record.name)
+        })
     }
 
     /// Appends the object's bytes to `out` if any place in the store holds them and they are right.

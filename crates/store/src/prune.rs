@@ -68,7 +68,8 @@ pub(crate) fn run(layout: &Layout, limit_bytes: u64, deadline: Deadline) -> Resu
         return Err(Error::new(Kind::TimedOut, "pruning the store", "a repair or verify is reading from it")
             .hint("it is tried again at the next snapshot"));
     };
-    let objects = Objects::load(&layout.packs(), &layout.key)?;
+    let mut objects = Objects::load(&layout.packs(), &layout.key)?;
+    objects.forget_broken_twins(&layout.key);
     let keep = protected(&heads);
     let mut needed = Needed::none(&objects);
     let mut seen = HashSet::new();

@@ -269,8 +269,12 @@ pub struct Plan {
     /// Roots that lie elsewhere now: (root name, path).
     pub relocate: Vec<(String, PathBuf)>,
     /// Ready trees to swap in when a whole converging root is missing: (root name, tree on the same file system).
-    /// Checked against the snapshot before use.
+    /// Checked against the snapshot before use. What the store has lost is looked for in them as well.
     pub spares: Vec<(String, PathBuf)>,
+    /// Heals what can be healed even if nobody has the bytes of some files: those stay as they are and are named in
+    /// [`Repaired::lost`]. Otherwise such a repair changes nothing and fails. A root whose database is lost is left as
+    /// it is either way: a start without it would begin an empty one.
+    pub partial: bool,
 }
 
 /// What a repair did.
@@ -292,6 +296,12 @@ pub struct Repaired {
     pub quarantined: u64,
     /// Objects that were corrupt or missing in the store and came, proven, from a live file.
     pub objects_from_live: u64,
+    /// The same from a spare.
+    pub objects_from_spare: u64,
+    /// Files that could not be had, precisely; bounded. Only of a [`Plan::partial`] repair.
+    pub lost: Vec<Lost>,
+    /// How many there are.
+    pub lost_files: u64,
     /// Roots that were wholly missing and put in place by one rename.
     pub whole_roots: Vec<String>,
     /// Roots that came from the spare.
@@ -300,6 +310,17 @@ pub struct Repaired {
     pub passed_over: Vec<PassedOver>,
     /// What it cost.
     pub cost: Cost,
+}
+
+/// A file that a repair could not bring back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// The root's name.
+    pub root: String,
+    /// Relative to the root; empty = the whole root was left as it is.
+    pub path: PathBuf,
+    /// One line.
+    pub why: String,
 }
 
 /// A snapshot that was not used, and why.
@@ -320,6 +341,23 @@ pub struct VerifyReport {
     pub bytes: u64,
     /// What is not as it should be; empty = all is proven.
     pub bad: Vec<Bad>,
+    /// What it cost.
+    pub cost: Cost,
+}
+
+/// What healing the store did.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Healed {
+    /// Objects that came, proven, from a live tree or a spare.
+    pub objects: u64,
+    /// Packs written anew because something in them was damaged.
+    pub packs: u64,
+    /// Manifests written anew from the index of the live tree.
+    pub manifests: u64,
+    /// Files, manifests and records that nobody has whole any more, with the snapshots that need them. Bounded.
+    pub lost: Vec<Bad>,
+    /// Snapshots that are no longer trusted because of it.
+    pub distrusted: Vec<String>,
     /// What it cost.
     pub cost: Cost,
 }

@@ -127,8 +127,14 @@ struct Case {
     limit: u64,
 }
 
-const CASES: [Case; 8] = [
-    Case { name: "first", prepare: |_| {}, act: |g| g.take().map(|_| ()), check: check_first, limit: u64::MAX },
+const CASES: [Case; 9] = [
+    Case {
+        name: "first",
+        prepare: |_| {},
+        act: |g| g.take().map(|_| ()),
+        check: check_first,
+        limit: u64::MAX,
+    },
     Case {
         name: "snapshot",
         prepare: |g| {
@@ -212,7 +218,40 @@ const CASES: [Case; 8] = [
         check: check_repair,
         limit: u64::MAX,
     },
+    Case {
+        name: "heal",
+        prepare: |g| {
+            g.take_good();
+            for pack in fs::read_dir(g.dir.join("store/packs")).unwrap() {
+                let pack = pack.unwrap().path();
+                let mut bytes = fs::read(&pack).unwrap();
+                let middle = bytes.len() / 3;
+                bytes[middle] ^= 1;
+                fs::write(&pack, bytes).unwrap();
+            }
+        },
+        act: |g| g.store().heal(&[], soon()).map(|h| assert_eq!(h.lost, [])),
+        check: check_heal,
+        limit: u64::MAX,
+    },
 ];
+
+fn check_heal(g: &Ground, _: &Known, done: bool, at: &str) {
+    let store = g.store();
+    // Between healing and removing there are two of each; whoever tidies then must keep the right one.
+    store.prune(u64::MAX, soon()).unwrap();
+    if done {
+        assert_eq!(store.verify(None, soon()).unwrap().bad, [], "{at}");
+    }
+    let whole_now = store.verify(Some(&g.good()), soon()).unwrap().bad.is_empty();
+    if !whole_now {
+        assert_eq!(store.heal(&[], soon()).unwrap().lost, [], "{at}");
+    }
+    let truth_before = truth(&g.live());
+    fs::remove_dir_all(g.live()).unwrap();
+    g.repair().unwrap();
+    assert_eq!(truth(&g.live()), truth_before, "{at}");
+}
 
 fn check_first(g: &Ground, _: &Known, done: bool, at: &str) {
     let ids = g.whole(at);
@@ -345,7 +384,11 @@ fn copy(from: &Path, to: &Path) {
 
 #[allow(clippy::disallowed_methods, reason = "a tool that ends by itself")]
 fn run(command: &mut Command) -> bool {
-    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).status().is_ok_and(|s| s.success())
+    command
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
 }
 
 #[test]
@@ -386,7 +429,9 @@ struct Disk {
 impl Disk {
     fn mount(&self) -> bool {
         // Nothing becomes durable by itself: no timed commit, no flush of a renamed file.
-        run(Command::new("mount").args(["-t", "ext4", "-o", "loop,commit=600,noauto_da_alloc"]).args([&self.image, &self.at]))
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o", "loop,commit=600,noauto_da_alloc"])
+            .args([&self.image, &self.at]))
     }
     fn unmount(&self) {
         assert!(run(Command::new("umount").arg(&self.at)), "somebody still holds {}", self.at.display());
@@ -418,7 +463,9 @@ fn a_power_cut_at_every_moment_leaves_the_older_or_the_newer_as_root() {
     let disk = Disk { image: top.join("image"), at: top.join("disk") };
     fs::create_dir(&disk.at).unwrap();
     fs::File::create(&disk.image).unwrap().set_len(DISK_BYTES).unwrap();
-    let made = run(Command::new("mkfs.ext4").args(["-q", "-m", "0", "-O", "has_journal", "-J", "size=4"]).arg(&disk.image));
+    let made = run(Command::new("mkfs.ext4")
+        .args(["-q", "-m", "0", "-O", "has_journal", "-J", "size=4"])
+        .arg(&disk.image));
     if !made || !disk.mount() {
         println!("left out, no ext4 on a loop device here: power cuts on a real file system");
         return;

@@ -14,7 +14,7 @@ use node::{Node, salvage};
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use store::{Depth, Difference, DifferenceKind, Scope, SnapshotInfo, Store};
+use store::{Depth, Difference, DifferenceKind, Plan, Scope, SnapshotInfo, Store};
 
 /// Snapshots tried before the layer gives up: each costs a compare.
 const MAX_SNAPSHOTS: usize = 5;
@@ -38,6 +38,8 @@ pub struct Choice {
     pub kept: BTreeSet<PathBuf>,
     /// Every byte is to be hashed: a stat sweep found nothing, and still it does not start.
     pub thorough: bool,
+    /// The gateway runs meanwhile: no program of another version may be put under it.
+    pub serving: bool,
 }
 
 impl Choice {
@@ -411,19 +413,39 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
         return Err(Error::new(Kind::NotFound, "restore from a snapshot", "none has been proven good yet"));
     }
     let mut last = None;
+    let mut damaged = Vec::new();
     for info in trusted.iter().take(MAX_SNAPSHOTS) {
+        let other_version = info.version != trusted[0].version;
+        if choice.serving && other_version && choice.converge.contains(&Class::Program) {
+            report.could_not(format!(
+                "snapshot {} is not used: it is of another version, and the gateway runs",
+                info.id
+            ));
+            continue;
+        }
         if let Err(why) = gate(bench, choice, info) {
             report.could_not(format!("snapshot {} is not used: {why}", info.id));
             continue;
         }
-        match repair_from(bench, store, info, choice, depth, report) {
+        match repair_from(bench, store, info, choice, depth, Whole::OrNothing, report) {
             // The newest one is what lies there already, and it does not start: an older one may.
             Ok(false) if choice.thorough => {}
             Ok(_) => return Ok(()),
             Err(e) => {
                 report.could_not(format!("snapshot {}: {e}", info.id));
+                if e.kind == Kind::Corrupt {
+                    damaged.push(info);
+                }
                 last = Some(e);
             }
+        }
+    }
+    // None is whole. Most of one is better than nothing: the judge says whether it is enough.
+    for info in damaged {
+        match repair_from(bench, store, info, choice, depth, Whole::AsFarAsCanBe, report) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(e) => last = Some(e),
         }
     }
     Err(last.unwrap_or_else(|| {
@@ -459,13 +481,26 @@ fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result:
     }
 }
 
-/// `false` when nothing differed that may be touched.
+/// What becomes of a repair for which some bytes are nowhere to be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whole {
+    /// Nothing is touched; an older snapshot may have them all.
+    OrNothing,
+    /// The rest is put right.
+    AsFarAsCanBe,
+}
+
+/// Lost files that a report names one by one.
+const MAX_NAMED: usize = 8;
+
+/// `false` when nothing differed that may be touched, or nothing of it could be put right.
 fn repair_from(
     bench: &Bench<'_>,
     store: &Store,
     info: &SnapshotInfo,
     choice: &Choice,
     depth: Depth,
+    whole: Whole,
     report: &mut Report,
 ) -> Result<bool> {
     let differences = store.compare(&info.id, &choice.classes(), depth, bench.deadline)?;
@@ -474,7 +509,24 @@ fn repair_from(
         report.did(format!("nothing differs from snapshot {}", info.id));
         return Ok(false);
     }
-    let repaired = store.repair(&info.id, Scope::Differences(&wanted), &bench.plan(), bench.deadline)?;
+    let plan = Plan { partial: whole == Whole::AsFarAsCanBe, ..bench.plan() };
+    let repaired = store.repair(&info.id, Scope::Differences(&wanted), &plan, bench.deadline)?;
+    for lost in repaired.lost.iter().take(MAX_NAMED) {
+        report.could_not(format!("{}/{}: {}", lost.root, lost.path.display(), lost.why));
+    }
+    if repaired.lost_files > 0 {
+        report.could_not(format!(
+            "{} files of snapshot {} are nowhere to be had and were left as they are",
+            repaired.lost_files, info.id
+        ));
+    }
+    let found = repaired.objects_from_live + repaired.objects_from_spare;
+    if found > 0 {
+        report.did(format!(
+            "{found} objects that the store has lost came, proven, from other files: {} from the spare, {} from live trees",
+            repaired.objects_from_spare, repaired.objects_from_live
+        ));
+    }
     report.did(format!(
         "from snapshot {}: {} files, {} directories, {} links put in place, {} attributes, {} bytes; {} things \
          moved to quarantine{}",
@@ -487,7 +539,8 @@ fn repair_from(
         repaired.quarantined,
         if repaired.from_spare.is_empty() { "" } else { "; the spare was swapped in" },
     ));
-    Ok(true)
+    let put = repaired.files + repaired.dirs + repaired.links + repaired.attributes + repaired.quarantined;
+    Ok(put > 0 || !repaired.from_spare.is_empty() || repaired.lost_files == 0)
 }
 
 #[cfg(test)]
@@ -629,6 +682,102 @@ mod tests {
         std::os::unix::fs::symlink(&elsewhere, &state).unwrap();
         assert!(put_back(&bench, &saved, &mut Report::default()).is_err());
         assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+
+    /// A node's program with a trusted snapshot of each content given, oldest first; the last is what lies there.
+    fn remembered(dir: &Path, node: &Node, contents: &[(&str, &str, &[u8])]) -> Store {
+        let store = Store::open_or_create(&dir.join("store"), &dir.join("keys/key")).unwrap();
+        let program = node.package_dir.clone();
+        std::fs::create_dir_all(&program).unwrap();
+        let root = store::Root {
+            name: "program".into(),
+            path: program.clone(),
+            class: Class::Program,
+            exclude: Vec::new(),
+            only: None,
+        };
+        for (version, file, bytes) in contents {
+            std::fs::write(program.join(file), bytes).unwrap();
+            let request = store::Request {
+                roots: std::slice::from_ref(&root),
+                classes: &[Class::Program],
+                note: "",
+                version: Some(version),
+                node: serde_json::Value::Null,
+                baseline: serde_json::Value::Null,
+            };
+            let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+            let id = store.snapshot(&request, &mut |_| {}, deadline).unwrap().id;
+            store.set_trust(&id, store::Trust::Good).unwrap();
+        }
+        store
+    }
+
+    fn damaged_program(dir: &Path) -> (Node, PathBuf) {
+        let mut node = node(dir);
+        node.package_dir = dir.join("prefix/openclaw");
+        let program = node.package_dir.clone();
+        (node, program)
+    }
+
+    fn packs(dir: &Path) -> Vec<PathBuf> {
+        std::fs::read_dir(dir.join("store/packs")).unwrap().map(|e| e.unwrap().path()).collect()
+    }
+
+    #[test]
+    fn with_no_whole_snapshot_what_can_be_had_is_put_right_and_the_rest_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (node, program) = damaged_program(&dir);
+        let store = remembered(&dir, &node, &[("1", "a.js", b"aaaa"), ("1", "b.js", b"bbbbbbbb")]);
+        // The last snapshot's own pack is gone, the first one's is there; b.js is nowhere.
+        let newest =
+            packs(&dir).into_iter().max_by_key(|p| p.metadata().unwrap().modified().unwrap()).unwrap();
+        std::fs::remove_file(newest).unwrap();
+        let older = store.list().unwrap()[0].id.clone();
+        store.set_trust(&older, store::Trust::Candidate).unwrap();
+        std::fs::remove_file(program.join("a.js")).unwrap();
+        std::fs::write(program.join("b.js"), b"damaged").unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let mut report = Report::default();
+        let findings = [finding(FaultKind::FilesDamaged, Some(Class::Program), &[])];
+        repair(&mut bench, &Choice::of(&node, &findings), &mut report).unwrap();
+        assert_eq!(std::fs::read(program.join("a.js")).unwrap(), b"aaaa");
+        assert_eq!(std::fs::read(program.join("b.js")).unwrap(), b"damaged");
+        assert!(report.undone.iter().any(|l| l.contains("program/b.js")), "{report:?}");
+        // With nothing left to put right it failed, and says so.
+        let e = repair(&mut bench, &Choice::of(&node, &findings), &mut report).unwrap_err();
+        assert_eq!(e.kind, Kind::Corrupt);
+        // A whole older one comes first.
+        store.set_trust(&older, store::Trust::Good).unwrap();
+        repair(&mut bench, &Choice::of(&node, &findings), &mut Report::default()).unwrap();
+        assert!(!program.join("b.js").exists(), "the older snapshot does not know it");
+    }
+
+    #[test]
+    fn under_a_running_gateway_no_other_version_is_put() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (node, program) = damaged_program(&dir);
+        let store = remembered(&dir, &node, &[("1", "a.js", b"one"), ("2", "a.js", b"two, longer")]);
+        let newest =
+            packs(&dir).into_iter().max_by_key(|p| p.metadata().unwrap().modified().unwrap()).unwrap();
+        std::fs::remove_file(newest).unwrap();
+        std::fs::write(program.join("a.js"), b"damaged").unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::FilesDamaged, Some(Class::Program), &[])];
+        let _ = crate::in_place::work(&mut bench, &findings);
+        assert_eq!(std::fs::read(program.join("a.js")).unwrap(), b"damaged");
+        repair(&mut bench, &Choice::of(&node, &findings), &mut Report::default()).unwrap();
+        assert_eq!(
+            std::fs::read(program.join("a.js")).unwrap(),
+            b"one",
+            "while it is down, an older one is right"
+        );
     }
 
     #[test]

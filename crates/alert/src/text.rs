@@ -45,6 +45,8 @@ pub enum Kind {
 pub enum Notice {
     /// No good snapshot of some class for too long.
     BackupStale,
+    /// Stored bytes were damaged, and nobody else has them.
+    StoreDamaged,
     /// Something is wrong that koboshi may not or need not repair.
     LeftAlone,
     /// The owner disabled, masked or stopped the node: it stays down.
@@ -79,6 +81,7 @@ impl Notice {
     pub fn name(self) -> &'static str {
         match self {
             Notice::BackupStale => "backup-stale",
+            Notice::StoreDamaged => "store-damaged",
             Notice::LeftAlone => "left-alone",
             Notice::StoppedByOwner => "stopped-by-owner",
             Notice::StartedAgain => "started-again",
@@ -126,6 +129,7 @@ impl Kind {
             Kind::Closing => Severity::Info,
             Kind::Notice(n) => match n {
                 Notice::BackupStale
+                | Notice::StoreDamaged
                 | Notice::Degraded
                 | Notice::OwnSide
                 | Notice::JournalUnwritable
@@ -302,6 +306,12 @@ fn notice_in_english(notice: Notice) -> (&'static str, &'static [&'static str]) 
             "{node} on {host} has no recent good backup",
             &["Why, and how to mend it: koboshi doctor. Take one now: koboshi snapshot create"],
         ),
+        Notice::StoreDamaged => (
+            "part of a backup of {node} on {host} is lost",
+            &[
+                "A new one is taken by itself. What is damaged: koboshi snapshot verify. If it comes back, look at the disk.",
+            ],
+        ),
         Notice::LeftAlone => {
             ("{node} on {host} was left as it is", &["To have it put right all the same: koboshi recover"])
         }
@@ -462,11 +472,12 @@ mod tests {
         }
     }
 
-    const EVERY: [Kind; 17] = [
+    const EVERY: [Kind; 18] = [
         Kind::Opening,
         Kind::Emergency,
         Kind::Closing,
         Kind::Notice(Notice::BackupStale),
+        Kind::Notice(Notice::StoreDamaged),
         Kind::Notice(Notice::LeftAlone),
         Kind::Notice(Notice::StoppedByOwner),
         Kind::Notice(Notice::StartedAgain),

@@ -23,6 +23,11 @@ const MAX_BYTES: u64 = 8 << 20;
 /// A step that was told no deadline (run by hand) gets this.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
 
+/// A round of the slow look is cut into so many portions.
+pub const SCRUB_PORTIONS: u64 = 96;
+/// The CPU time of one portion, in milliseconds: with what its step costs, 0.04 % of one core at the very most.
+const SCRUB_CPU_MS: f64 = 250.0;
+
 /// What a step is to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "work")]
@@ -41,6 +46,8 @@ pub enum Work {
     },
     /// The node has served long enough with what the newest candidate holds: checks that, and trusts it.
     Settle,
+    /// One small portion of the slow look at every byte.
+    Scrub,
     /// Brings store and quarantine within their limit and makes the spare again.
     Tidy,
     /// Sends what waits in the outbox.
@@ -105,6 +112,15 @@ pub enum Answer {
         /// The config that is proven by it.
         #[serde(default)]
         config: Option<String>,
+    },
+    /// Of `Scrub`.
+    Scrubbed {
+        /// One line each.
+        done: Vec<String>,
+        /// The next quick look will find damage in the live trees, or the spare is to be made again.
+        damaged: bool,
+        /// What the store has lost for good, one line; a snapshot is wanted and somebody is to know.
+        lost: Option<String>,
     },
     /// Of `Tidy`.
     Tidied {
@@ -175,6 +191,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
         }
         Work::Settle => settle(&places, node, request.baseline.as_ref(), deadline),
+        Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
@@ -321,11 +338,78 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     Ok(Answer::Settled { id: Some(newest.id), why: None, config })
 }
 
+/// One portion of the slow look. Its cursor is a help: without it a round begins anew.
+fn scrub(places: &Places, node: &Node, deadline: Deadline) -> Result<Answer> {
+    /// A cursor is a name and a path.
+    const CURSOR_LIMIT_BYTES: u64 = 1 << 20;
+    /// Of a round's damage, this much is told.
+    const TOLD: usize = 3;
+    let (mut done, mut lost) = (Vec::new(), None);
+    let Some(store) = open_store(places)? else {
+        return Ok(Answer::Scrubbed { done, damaged: false, lost });
+    };
+    let trusted = store.newest_trusted(None)?.and_then(|info| info.version);
+    if node::update::at_work(node).is_some()
+        || trusted != node.package_version() && node.package_version().is_some()
+    {
+        // Another program than the remembered one is not damage; a damaged package.json is the quick look's.
+        return Ok(Answer::Scrubbed { done, damaged: false, lost });
+    }
+    let file = places.scrub();
+    let cursor =
+        files::read_bounded(&file, CURSOR_LIMIT_BYTES).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    let portion = store::Portion { of: SCRUB_PORTIONS, cpu_ms: SCRUB_CPU_MS };
+    let found = store.scrub(cursor, portion, &spare::ready(node), deadline)?;
+    let text =
+        serde_json::to_vec(&found.cursor).map_err(|e| Error::new(Kind::System, "keep the cursor", e))?;
+    files::write_atomic(&file, &text, 0o600)?;
+    for d in found.damaged.iter().take(TOLD) {
+        done.push(format!(
+            "{}/{} has other bytes than it had, behind an unchanged inode",
+            d.root,
+            d.path.display()
+        ));
+    }
+    if let Some(healed) = &found.healed {
+        done.push(format!(
+            "the store was damaged and healed: {} objects, {} packs, {} manifests written anew",
+            healed.objects, healed.packs, healed.manifests
+        ));
+        lost = healed.lost.first().map(|first| {
+            let more = healed.lost.len() - 1;
+            let trust = match healed.distrusted.as_slice() {
+                [] => String::new(),
+                ids => format!("; no longer trusted: {}", ids.join(", ")),
+            };
+            format!("{}: {}; and {more} more{trust}", first.what, first.why)
+        });
+    }
+    if found.round_ended {
+        let left = collect_leftovers(places, &store, node, deadline)?;
+        done.extend(left);
+    }
+    Ok(Answer::Scrubbed { done, damaged: !found.damaged.is_empty(), lost })
+}
+
+/// Moves what killed repairs left under the node's roots to the quarantine.
+fn collect_leftovers(
+    places: &Places,
+    store: &Store,
+    node: &Node,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    let to = places.quarantine().join("leftovers");
+    let moved = store.collect_leftovers(&node::roots::roots(node), &to, deadline)?;
+    Ok((moved > 0)
+        .then(|| format!("{moved} pieces that killed repairs had left were moved to {}", to.display())))
+}
+
 fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {
     let mut done = Vec::new();
     let Some(store) = open_store(places)? else {
         return Ok(Answer::Tidied { done });
     };
+    done.extend(collect_leftovers(places, &store, node, deadline)?);
     let limit = crate::space::limit_bytes(config, places)?;
     let spare_bytes = spare::size(node);
     let pruned = store.prune(limit.saturating_sub(spare_bytes), deadline)?;

@@ -60,6 +60,9 @@ pub struct Examination {
     pub need: Need,
     /// How the converging trees differ from the snapshot, bounded.
     pub differences: Vec<Difference>,
+    /// Pieces that killed repairs left in the converging trees.
+    #[serde(default)]
+    pub leftovers: u64,
     /// The living gateway holds a deleted database: what it holds can be put back without any snapshot, and is lost
     /// with its end.
     #[serde(default)]
@@ -104,11 +107,18 @@ pub fn examine(
         Some(store) => store.newest_trusted(None)?,
         None => None,
     };
-    let mut differences = Vec::new();
+    let (mut differences, mut leftovers) = (Vec::new(), 0);
     if let (Some(store), Some(trusted)) = (store, &trusted)
         && node::update::at_work(node).is_none()
     {
-        differences = store.compare(&trusted.id, &CONVERGING, compare, deadline)?;
+        differences = match compare {
+            Depth::Stat => {
+                let swept = store.sweep(&trusted.id, &CONVERGING, deadline)?;
+                leftovers = swept.leftovers;
+                swept.differences
+            }
+            Depth::Hash => store.compare(&trusted.id, &CONVERGING, compare, deadline)?,
+        };
         if upgraded(node, trusted) {
             // Another version than the remembered one, whole as far as can be seen: its owner's doing until it fails.
             differences.retain(|d| d.class != Class::Program);
@@ -123,6 +133,7 @@ pub fn examine(
     Ok(Examination {
         need,
         inputs,
+        leftovers,
         rescue,
         snapshot: trusted.as_ref().map(|t| t.id.clone()),
         version: trusted.as_ref().and_then(|t| t.version.clone()),

@@ -474,6 +474,24 @@ fn refresh(layout: &Layout, reference: &RootRef, mut refreshed: Vec<Entry>) -> R
     Ok(())
 }
 
+/// Lets the index vouch for these no more: the quick look will read them.
+pub(crate) fn distrust(layout: &Layout, reference: &RootRef, paths: &[Vec<u8>]) -> Result<()> {
+    let path = layout.index_path(&reference.root.name);
+    // Without an index nothing is vouched for.
+    let Ok(mut old) = TreeReader::index(&path, &layout.key) else { return Ok(()) };
+    let basis = old.basis;
+    let mut new = TreeWriter::index(layout.tmp_file()?, &layout.key, seal::new_id()?, basis)?;
+    let wrong: HashSet<&[u8]> = paths.iter().map(Vec::as_slice).collect();
+    while let Some(mut entry) = old.next()? {
+        if wrong.contains(entry.path.as_slice()) {
+            entry.live.ctime_ns = 0;
+        }
+        new.push(&entry)?;
+    }
+    let (_, tmp) = new.finish()?;
+    files::rename(&tmp, &path).context(|| format!("publishing {}", path.display()))
+}
+
 /// Copies an index, to repeat another manifest with the same entries.
 pub(crate) fn rebase(
     layout: &Layout,

@@ -19,10 +19,12 @@ mod heal;
 mod hex;
 mod key;
 mod layout;
+mod leftovers;
 mod pack;
 mod prune;
 mod quarantine;
 mod repair;
+mod scrub;
 mod seal;
 mod snapshot;
 mod spare;
@@ -143,6 +145,24 @@ impl Store {
         heal::run(&self.layout, None, spares, deadline)
     }
 
+    /// One small portion of the slow look at every byte of the converging live trees, the spares and the store; `cursor`
+    /// is what the portion before gave. Reads under no lock and waits for nobody.
+    pub fn scrub(
+        &self,
+        cursor: Option<ScrubCursor>,
+        portion: Portion,
+        spares: &[(String, PathBuf)],
+        deadline: Deadline,
+    ) -> Result<Scrubbed> {
+        scrub::run(&self.layout, cursor, portion, spares, deadline)
+    }
+
+    /// Moves what killed repairs of this store left under these roots, or beside them, to `quarantine` and says how
+    /// many there were; none while a repair is at work.
+    pub fn collect_leftovers(&self, roots: &[Root], quarantine: &Path, deadline: Deadline) -> Result<u64> {
+        leftovers::collect(&self.layout, roots, quarantine, deadline)
+    }
+
     /// How the live trees differ from a snapshot, in the given classes. At most 50,000 differences per root; then
     /// the last is [`DifferenceKind::TooMany`].
     pub fn compare(
@@ -172,6 +192,7 @@ impl Store {
             report.entries += looked.entries;
             report.hashed += looked.hashed;
             report.differences.extend(looked.differences);
+            report.leftovers += leftovers::count(&self.layout, &looked.leftovers);
         }
         report.cost = meter.cost(0);
         Ok(report)

@@ -214,6 +214,13 @@ pub(crate) struct Pack {
     pub(crate) index_damage: Option<String>,
 }
 
+/// Lets the next reader of a pack see the disk instead of the page cache. A hint; where it is not heeded, nothing is lost.
+pub(crate) fn drop_from_cache(path: &Path) {
+    if let Ok(file) = File::open(path) {
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+}
+
 /// Where an object lies.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Record {
@@ -243,8 +250,8 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// Reads the index of every pack in the directory.
-    pub(crate) fn load(dir: &Path, key: &Key) -> Result<Objects> {
+    /// Every pack in the directory, by name.
+    pub(crate) fn paths(dir: &Path) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(dir).context(|| format!("listing {}", dir.display()))? {
             let path = entry.context(|| format!("listing {}", dir.display()))?.path();
@@ -253,6 +260,20 @@ impl Objects {
             }
         }
         paths.sort();
+        Ok(paths)
+    }
+
+    /// Reads the index of every pack in the directory.
+    pub(crate) fn load(dir: &Path, key: &Key) -> Result<Objects> {
+        Objects::of(Objects::paths(dir)?, key)
+    }
+
+    /// Reads the index of one pack.
+    pub(crate) fn load_one(path: &Path, key: &Key) -> Result<Objects> {
+        Objects::of(vec![path.to_owned()], key)
+    }
+
+    fn of(paths: Vec<PathBuf>, key: &Key) -> Result<Objects> {
         let mut all = Objects { packs: Vec::new(), records: Vec::new(), lost: Vec::new() };
         for path in paths {
             let ordinal = u32::try_from(all.packs.len()).unwrap_or(u32::MAX);

@@ -272,16 +272,27 @@ fn round(
     Ok(staged.iter().any(|s| !s.steps.is_empty()))
 }
 
-fn own_prefix(layout: &Layout) -> Vec<u8> {
+/// What the names of our unfinished pieces begin with: ours, and of this store.
+pub(crate) fn own_prefix(layout: &Layout) -> Vec<u8> {
     [OWN_PREFIX, &hex::encode(&layout.key.id()).into_bytes()].concat()
 }
 
 /// What an earlier repair that died left behind: half-made pieces, or the old ones already exchanged.
 fn aside_leftovers(layout: &Layout, work: &Work, quarantine: &mut Quarantine<'_>) -> Result<()> {
     let Some(base) = open_root(&work.reference)? else { return Ok(()) };
+    aside(layout, &base, &work.reference.root.name, &work.leftovers, quarantine)
+}
+
+/// Moves what is ours of these, and of what lies beside the root, to the quarantine.
+pub(crate) fn aside(
+    layout: &Layout,
+    base: &Base,
+    name: &str,
+    leftovers: &[Vec<u8>],
+    quarantine: &mut Quarantine<'_>,
+) -> Result<()> {
     let ours = own_prefix(layout);
-    let name = &work.reference.root.name;
-    for path in &work.leftovers {
+    for path in leftovers {
         let (dir, last) = match base.parent_of(path) {
             Ok(p) => p,
             Err(_) => continue,

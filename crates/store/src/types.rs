@@ -382,7 +382,80 @@ pub struct SweepReport {
     pub hashed: u64,
     /// What differs.
     pub differences: Vec<Difference>,
+    /// Pieces that killed repairs left in the trees.
+    pub leftovers: u64,
     /// What it cost: the agent paces itself by this.
+    pub cost: Cost,
+}
+
+/// How much one portion of the slow look may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Portion {
+    /// Its share of a round: one in so many.
+    pub of: u64,
+    /// And at most this much CPU time, but for the file or block that is at hand.
+    pub cpu_ms: f64,
+}
+
+/// Where the slow look goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubPlace {
+    /// In a live tree or a spare.
+    Live {
+        /// The root's name; one that there is not means the first.
+        root: String,
+        /// After this path.
+        after: Option<Vec<u8>>,
+    },
+    /// In the manifests.
+    Manifests {
+        /// After the one of this name.
+        after: String,
+    },
+    /// In the packs.
+    Packs {
+        /// In this one.
+        pack: String,
+        /// From this block on.
+        block: u32,
+    },
+}
+
+impl Default for ScrubPlace {
+    fn default() -> ScrubPlace {
+        ScrubPlace::Live { root: String::new(), after: None }
+    }
+}
+
+/// What is kept between two portions of the slow look.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubCursor {
+    /// Rounds that came to their end.
+    pub rounds: u64,
+    /// Where it goes on.
+    pub place: ScrubPlace,
+}
+
+/// What one portion of the slow look found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Scrubbed {
+    /// For the next portion.
+    pub cursor: ScrubCursor,
+    /// Files read.
+    pub files: u64,
+    /// Blocks opened.
+    pub blocks: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Files of the live trees (and the spares, under `spare of ...`) with other bytes than the snapshot says. The quick
+    /// look sees them from now on.
+    pub damaged: Vec<Difference>,
+    /// What became of damage in the store, if there was any.
+    pub healed: Option<Healed>,
+    /// Everything has been looked at once more.
+    pub round_ended: bool,
+    /// What it cost.
     pub cost: Cost,
 }
 

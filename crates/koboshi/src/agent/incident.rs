@@ -453,6 +453,7 @@ impl Agent {
                 Answer::Examined(_)
                 | Answer::Taken { .. }
                 | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
                 | Answer::Delivered { .. },
             )

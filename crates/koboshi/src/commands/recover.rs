@@ -611,6 +611,7 @@ fn report(desk: &Desk, layer: Layer, answer: Answer) -> Result<()> {
         Answer::Examined(_)
         | Answer::Taken { .. }
         | Answer::Settled { .. }
+        | Answer::Scrubbed { .. }
         | Answer::Tidied { .. }
         | Answer::Delivered { .. } => Ok(()),
     }

@@ -49,13 +49,16 @@ impl Ground {
     fn roots(&self) -> Vec<Root> {
         vec![root("program", &self.live(), Class::Program)]
     }
+    fn open(&self) -> host::Result<Store> {
+        Store::open_or_create(&self.dir.join("store"), &self.dir.join("keys/key"))
+    }
     fn store(&self) -> Store {
-        Store::open_or_create(&self.dir.join("store"), &self.dir.join("keys/key")).unwrap()
+        self.open().unwrap()
     }
     fn take(&self) -> host::Result<String> {
         let roots = self.roots();
         let asked: Request<'_> = request(&roots, &PROGRAM);
-        Ok(self.store().snapshot(&asked, &mut |_| {}, soon())?.id)
+        Ok(self.open()?.snapshot(&asked, &mut |_| {}, soon())?.id)
     }
     fn take_good(&self) -> String {
         let id = self.take().unwrap();
@@ -326,7 +329,11 @@ fn check_spare(g: &Ground, _: &Known, done: bool, at: &str) {
 }
 
 fn known(g: &Ground) -> Known {
-    let ids = g.store().list().unwrap().into_iter().map(|i| i.id).collect();
+    // Not made before its time: a key and a store that are cut short must not be in the way.
+    let ids = match g.dir.join("store").exists() {
+        true => g.store().list().unwrap().into_iter().map(|i| i.id).collect(),
+        false => Vec::new(),
+    };
     let before = if g.live().exists() { truth(&g.live()) } else { BTreeMap::new() };
     Known { ids, before, contents: g.contents(), size: 0 }
 }
@@ -347,15 +354,14 @@ fn check(case: &Case, g: &Ground, known: &Known, done: bool, at: &str) {
     assert_eq!(tmp, 0, "{at}");
 }
 
-/// The case uncut: how many moments it has, and what size it leaves.
-fn measure(case: &Case, g: &Ground, known: &mut Known) -> u64 {
+/// The case uncut: what size it leaves.
+fn measure(case: &Case, g: &Ground, known: &mut Known) {
     on_each_moment(None);
     (case.act)(g).unwrap();
     let moments = on_each_moment(None);
     g.store().prune(case.limit, soon()).unwrap();
     known.size = g.store().size().unwrap().bytes;
-    assert!((2..MANY).contains(&moments), "{}: {moments} moments", case.name);
-    moments
+    assert!((2..MANY - 10).contains(&moments), "{}: {moments} moments", case.name);
 }
 
 // ---- killed ----
@@ -403,17 +409,20 @@ fn a_kill_at_every_moment_is_no_crash_that_is_seen() {
         (case.prepare)(&g);
         let mut known = known(&g);
         copy(&work, &kept);
-        let moments = measure(case, &g, &mut known);
-        for moment in 1..=moments {
-            let at = format!("{} killed at {moment} of {moments}", case.name);
+        measure(case, &g, &mut known);
+        // Until there are no more: how many there are varies by one or two with the clock's ticks.
+        for moment in 1..MANY {
+            let at = format!("{} killed at {moment}", case.name);
             copy(&kept, &work);
             let lived = run(Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "child"])
                 .env(CASE, case.name)
                 .env(AT, &work)
                 .env(MOMENT, moment.to_string()));
-            assert!(!lived, "{at}: it is to die there");
-            check(case, &g, &known, false, &at);
+            check(case, &g, &known, lived, &at);
+            if lived {
+                break;
+            }
         }
     }
 }
@@ -457,6 +466,9 @@ fn a_power_cut_at_every_moment_leaves_the_older_or_the_newer_as_root() {
         println!("left out, not root: power cuts on a real file system");
         return;
     }
+    if !common::in_own_mounts("a_power_cut_at_every_moment_leaves_the_older_or_the_newer_as_root") {
+        return;
+    }
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let tmp = common::quick_dir();
     let top = tmp.path().canonicalize().unwrap();
@@ -485,32 +497,34 @@ fn a_power_cut_at_every_moment_leaves_the_older_or_the_newer_as_root() {
         let kept = top.join("kept");
         fs::copy(&disk.image, &kept).unwrap();
         assert!(disk.mount());
-        let moments = measure(case, &g, &mut known);
+        measure(case, &g, &mut known);
         disk.unmount();
-        // One more than there are: it had said that it was done.
-        for moment in 1..=moments + 1 {
+        for moment in 1..MANY {
             fs::copy(&kept, &disk.image).unwrap();
             assert!(disk.mount());
-            let what = std::sync::Arc::new(Mutex::new("all was done"));
-            let (there, said) = (disk.at.clone(), what.clone());
+            let cut_at = std::sync::Arc::new(Mutex::new(None));
+            let (there, said) = (disk.at.clone(), cut_at.clone());
             on_each_moment(Some(Box::new(move |number, what| {
                 if number == moment {
-                    *said.lock().unwrap_or_else(PoisonError::into_inner) = what;
+                    *said.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
                     assert!(cut(&there));
                 }
             })));
-            let done = (case.act)(&g).is_ok() && moment > moments;
+            let done = (case.act)(&g).is_ok();
             on_each_moment(None);
-            if moment > moments {
-                assert!(done, "{}", case.name);
-                assert!(cut(&disk.at));
+            let cut_at = *cut_at.lock().unwrap_or_else(PoisonError::into_inner);
+            // After the last: it has said that it is done, so it must be.
+            if cut_at.is_none() {
+                assert!(done && cut(&disk.at), "{}", case.name);
             }
             disk.unmount();
             assert!(disk.mount());
-            let what = *what.lock().unwrap_or_else(PoisonError::into_inner);
-            let at = format!("{} cut at {moment} of {moments} ({what})", case.name);
-            check(case, &g, &known, done, &at);
+            let at = format!("{} cut at {moment} ({})", case.name, cut_at.unwrap_or("after the last"));
+            check(case, &g, &known, done && cut_at.is_none(), &at);
             disk.unmount();
+            if cut_at.is_none() {
+                break;
+            }
         }
     }
 }

@@ -157,6 +157,9 @@ fn a_bit_that_the_disk_lost_is_found_and_mended_as_root() {
         println!("left out, not root: bits lost by a disk");
         return;
     }
+    if !common::in_own_mounts("a_bit_that_the_disk_lost_is_found_and_mended_as_root") {
+        return;
+    }
     let tmp = common::quick_dir();
     let top = tmp.path().canonicalize().unwrap();
     let disk = Disk { image: top.join("image"), at: top.join("disk") };

@@ -301,24 +301,16 @@ impl Objects {
     /// Where an object lies in several places, forgets those that fail their proof, so that nobody keeps the broken one
     /// and throws the good one away. A crash between healing and removing leaves such twins; there are few.
     pub(crate) fn forget_broken_twins(&mut self, key: &Key) {
-        let twin = |i: usize, j: usize| self.records.get(j).is_some_and(|r| r.name == self.records[i].name);
-        let twins: Vec<usize> = (0..self.records.len())
-            .filter(|i| twin(*i, i + 1) || i.checked_sub(1).is_some_and(|j| twin(*i, j)))
-            .collect();
         let mut reader = ObjectReader::new(self, key);
-        let broken: HashSet<usize> =
-            twins.iter().copied().filter(|i| !reader.proves(&self.records[*i])).collect();
-        // With all of them broken the first stays: its pack is kept for whoever can mend it.
         let mut keep = Vec::with_capacity(self.records.len());
-        for (i, r) in self.records.iter().enumerate() {
-            let alone = !keep.last().is_some_and(|k: &Record| k.name == r.name)
-                && !self.records[i + 1..]
-                    .iter()
-                    .take_while(|n| n.name == r.name)
-                    .enumerate()
-                    .any(|(n, _)| !broken.contains(&(i + 1 + n)));
-            if !broken.contains(&i) || alone {
-                keep.push(*r);
+        for twins in self.records.chunk_by(|a, b| a.name == b.name) {
+            let before = keep.len();
+            if twins.len() > 1 {
+                keep.extend(twins.iter().filter(|r| reader.proves(r)).copied());
+            }
+            // One alone is not looked at, and of none that is right all stay, for whoever can mend them.
+            if keep.len() == before {
+                keep.extend_from_slice(twins);
             }
         }
         self.records = keep;

@@ -328,8 +328,8 @@ fn what_nobody_has_is_named_and_costs_the_snapshot_its_trust_once_another_is_who
     let done = place.store.heal(&[], soon()).unwrap();
     assert_eq!(done.lost.len(), 1, "{done:?}");
     assert_eq!(done.lost[0].what, "program/dist/mine.bin");
-    assert_eq!(done.lost[0].snapshots, [second.clone()]);
-    assert_eq!(done.distrusted, [second.clone()]);
+    assert_eq!(done.lost[0].snapshots, std::slice::from_ref(&second));
+    assert_eq!(done.distrusted, std::slice::from_ref(&second));
     assert_eq!(place.store.newest_trusted(None).unwrap().unwrap().id, first);
     // Alone, a part of it is better than nothing.
     place.store.set_trust(&second, Trust::Good).unwrap();

@@ -160,7 +160,10 @@ pub fn line(event: &Event) -> Option<String> {
             let what: Vec<&str> = findings.iter().map(|finding| finding.what.as_str()).collect();
             format!("noticed: {}", what.join("; "))
         }
-        Event::ClimbBegan { climb, full, why } => {
+        Event::ClimbBegan { climb, only: Some(layer), why, .. } => {
+            format!("climb {climb} ({layer} only): {why}")
+        }
+        Event::ClimbBegan { climb, full, only: None, why } => {
             format!("climb {climb}{}: {why}", if *full { " (all layers)" } else { "" })
         }
         Event::Passed { layer, reason } => format!("{layer}: passed, {reason}"),

@@ -297,13 +297,14 @@ impl Agent {
         let period = (exam.cpu_ms * SWEEP_CPU_SHARE).max(exam.wall_ms * SWEEP_WALL_SHARE).max(SWEEP_LEAST_MS);
         self.daily.examine_by(now.plus_ms(period.min(SWEEP_MOST_MS) as u64));
         let need = exam.need;
+        let compared = exam.unknown.is_none();
         let findings = exam.findings.clone();
         self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
                 self.stale(now);
-                if serving && self.book.state().incident.is_none() {
+                if serving && compared && self.book.state().incident.is_none() {
                     self.backups(now);
                 }
             }

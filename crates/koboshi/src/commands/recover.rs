@@ -361,6 +361,8 @@ fn follow(desk: &Desk, open: Option<u64>, before: &State, only: Option<Layer>) -
     let mut told = (0, 0);
     let mut closed_at = None;
     loop {
+        // Asked first: what an agent wrote last is in the journal by then.
+        let ended = desk.agent().is_none();
         let (state, records) = desk.book()?;
         let number = incident_now(&state, open, before);
         if let Some(id) = number
@@ -396,7 +398,6 @@ fn follow(desk: &Desk, open: Option<u64>, before: &State, only: Option<Layer>) -
                 });
             }
         }
-        let ended = desk.agent().is_none();
         if let (Some(layer), Some(id)) = (only, number)
             && let (why, over) = alone(&records, since, layer)
             && (over || (ended && why.is_some()))

@@ -232,7 +232,8 @@ impl Message {
             lines.push(healed(language, facts.layer, facts.down_ms));
         }
         if !facts.why.is_empty() {
-            lines.push(one_line(&facts.why, FACT_LIMIT_CHARS));
+            let why = one_line(&facts.why, FACT_LIMIT_CHARS);
+            lines.push(if kind == Kind::Closing { was(language, &why) } else { why });
         }
         lines.extend(
             facts.details.iter().take(DETAIL_LIMIT).map(|d| format!("- {}", one_line(d, FACT_LIMIT_CHARS))),
@@ -391,6 +392,12 @@ fn healed(language: Language, layer: Option<Layer>, down_ms: f64) -> String {
                 format!("{by}; it never stopped serving.")
             }
         }
+    }
+}
+
+fn was(language: Language, why: &str) -> String {
+    match language {
+        Language::English => format!("It was: {why}"),
     }
 }
 

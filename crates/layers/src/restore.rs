@@ -533,7 +533,10 @@ fn lacks(bench: &Bench<'_>, info: &SnapshotInfo, wanted: &[Difference]) -> Vec<C
             let place = if more == 0 { place } else { format!("{place} and {more} more") };
             let copy = info.classes.get(&class);
             let taken = copy.map_or(info.taken, |c| c.taken).strftime("%Y-%m-%d %H:%M UTC");
-            let holds = copy.map_or_else(String::new, |c| format!(" ({} files, {} bytes)", c.files, c.bytes));
+            let holds = copy.map_or_else(String::new, |c| {
+                let files = if c.files == 1 { "1 file".to_owned() } else { format!("{} files", c.files) };
+                format!(" ({files}, {} bytes)", c.bytes)
+            });
             let rows = rows_known(bench.baseline, &info.baseline, class);
             CameBack {
                 class,

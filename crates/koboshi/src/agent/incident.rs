@@ -88,7 +88,14 @@ impl Agent {
             engine::state::Stage::Fresh | engine::state::Stage::Climbing(_) => None,
         });
         let Some(hold) = hold else {
-            return self.doing.words();
+            let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
+            return match &self.doing {
+                Doing::Idle { .. } if free_in_ms > 0 => {
+                    let s = free_in_ms.div_ceil(1_000);
+                    format!("ready to start; three starts in 300 s are the most, the next is free in {s} s")
+                }
+                other => other.words(),
+            };
         };
         let minutes = hold.retry_ms.saturating_sub(state.time_ms(now)).div_ceil(60_000);
         let again = format!("tried again in {minutes} min at the latest");

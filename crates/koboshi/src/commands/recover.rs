@@ -356,7 +356,9 @@ fn held(state: &State) -> Option<(u64, u64)> {
 fn follow(desk: &Desk, open: Option<u64>, before: &State, only: Option<Layer>) -> Result<Done> {
     let old = held(before);
     let began = clock::now();
-    let since = before.last.unwrap_or(began);
+    // The order was given before this: what it led to may be written already.
+    let first = Moment { boot: began.boot, ms: 0 };
+    let since = before.last.filter(|last| last.boot == began.boot).unwrap_or(first);
     let deadline = Deadline::after(FOLLOW_LIMIT);
     let mut told = (0, 0);
     let mut closed_at = None;

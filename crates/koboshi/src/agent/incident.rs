@@ -89,13 +89,13 @@ impl Agent {
         });
         let Some(hold) = hold else {
             let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
-            return match &self.doing {
-                Doing::Idle { .. } if free_in_ms > 0 => {
-                    let s = free_in_ms.div_ceil(1_000);
-                    format!("ready to start; three starts in 300 s are the most, the next is free in {s} s")
-                }
-                other => other.words(),
-            };
+            if matches!(self.doing, Doing::Idle { .. }) && free_in_ms > 0 {
+                let s = free_in_ms.div_ceil(1_000);
+                return format!(
+                    "ready to start; three starts in 300 s are the most, the next is free in {s} s"
+                );
+            }
+            return self.doing.words();
         };
         let minutes = hold.retry_ms.saturating_sub(state.time_ms(now)).div_ceil(60_000);
         let again = format!("tried again in {minutes} min at the latest");

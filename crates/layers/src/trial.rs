@@ -1,14 +1,16 @@
 //! A config that was replaced on suspicion alone returns when that did not help.
 //!
-//! A config that is missing or does not parse is broken for certain; what replaces it stays. But one that is whole and
+//! A config that is missing, does not parse or is refused by the program itself (decision 0008) is broken for certain; what
+//! replaces it stays. But one that is whole and
 //! was only *blamed* (it changed since the node last served, and the gateway's last words were about its config) is its
 //! owner's newest word. Layer 1 puts the older one in its place on trial: if the judge accepts the start, that stays and
 //! the closing message says where the other lies; if the whole climb fails, the owner's config goes back, so that a
 //! failed recovery never silently ends with older settings. Program, runtime and service files have no such trial:
-//! docs/decisions/0009.
+//! docs/decisions/0010.
 
 use crate::{Bench, Report, restore};
 use host::{Error, Kind, Result, files};
+use node::refusal;
 use restore::Choice;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -36,8 +38,16 @@ fn live(bench: &Bench<'_>) -> Option<Vec<u8>> {
 
 /// The config that is about to be replaced, if it is whole and only suspected.
 pub(crate) fn keep(bench: &Bench<'_>, choice: &Choice) -> Option<Vec<u8>> {
-    let suspected = choice.config && node::config::check(bench.node).is_empty();
-    live(bench).filter(|_| suspected)
+    let node = bench.node;
+    let whole = choice.config && node::config::check(node).is_empty();
+    live(bench).filter(|_| whole && !refused(bench))
+}
+
+/// Whether the program itself says that this config is wrong. No answer is no word.
+fn refused(bench: &Bench<'_>) -> bool {
+    let baseline = bench.baseline.cloned().unwrap_or_default();
+    refusal::current(bench.node, &baseline, bench.deadline)
+        .is_some_and(|checked| !refusal::news(bench.node, &baseline, &checked).is_empty())
 }
 
 /// After the repair: the trial is on if another config lies there now. What an earlier try of this incident kept is the

@@ -82,6 +82,12 @@ pub struct Guard {
     /// Judge, journal and tell what would have been done; touch nothing.
     #[arg(long)]
     pub watch: bool,
+    /// Guard for one `koboshi recover` only, and end with that process.
+    #[arg(long, hide = true, value_name = "PID")]
+    pub errand: Option<i32>,
+    /// On that errand, climb with the one layer that is ordered and with no other.
+    #[arg(long, hide = true, requires = "errand")]
+    pub one_layer: bool,
 }
 
 /// Whose service koboshi becomes.

@@ -62,7 +62,7 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
         cli::Command::Guard(options) => {
             let (config, places) = commands::open(cli)?;
-            agent::run(config, places, options.watch, printer)
+            agent::run(config, places, options, printer)
         }
         cli::Command::Install(_)
         | cli::Command::Uninstall(_)

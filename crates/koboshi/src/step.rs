@@ -68,6 +68,11 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+    /// The climb failed: what layer 1 replaced on suspicion alone goes back.
+    TrialOver {
+        /// For the quarantine's name.
+        incident: u64,
+    },
     /// Layer in-place.
     InPlace {
         /// Why.
@@ -186,11 +191,15 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
+            no_update_at_work(node, "take a snapshot")?;
             let info =
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
         }
-        Work::Settle => settle(&places, node, request.baseline.as_ref(), deadline),
+        Work::Settle => {
+            no_update_at_work(node, "trust the newest snapshot")?;
+            settle(&places, node, request.baseline.as_ref(), deadline)
+        }
         Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
@@ -212,11 +221,22 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 layers::restore::work(bench, findings, *hung, *wider)
             })
         }
+        Work::TrialOver { incident } => {
+            with_bench(request, &config, &places, *incident, deadline, layers::trial::over)
+        }
         Work::InPlace { findings, incident } => {
             with_bench(request, &config, &places, *incident, deadline, |bench| {
                 layers::in_place::work(bench, findings)
             })
         }
+    }
+}
+
+/// While somebody replaces the program, what lies there is no picture of anything and proves nothing: tried again later.
+fn no_update_at_work(node: &Node, what: &str) -> Result<()> {
+    match node::update::at_work(node) {
+        Some(update) => Err(Error::new(Kind::System, what, format!("an update is at work: {update}"))),
+        None => Ok(()),
     }
 }
 

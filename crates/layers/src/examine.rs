@@ -58,6 +58,10 @@ pub struct Examination {
     pub findings: Vec<Finding>,
     /// What a serving node needs.
     pub need: Need,
+    /// Why program, runtime and service files were not compared with the snapshot: an update is at work on them. Then
+    /// nothing that was found about them asks for a repair, and that nothing was found says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unknown: Option<String>,
     /// How the converging trees differ from the snapshot, bounded.
     pub differences: Vec<Difference>,
     /// Pieces that killed repairs left in the converging trees.
@@ -108,8 +112,9 @@ pub fn examine(
         None => None,
     };
     let (mut differences, mut leftovers) = (Vec::new(), 0);
+    let unknown = findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
     if let (Some(store), Some(trusted)) = (store, &trusted)
-        && node::update::at_work(node).is_none()
+        && unknown.is_none()
     {
         differences = match compare {
             Depth::Stat => {
@@ -127,11 +132,14 @@ pub fn examine(
     }
     let rescue = findings.iter().any(of_databases) && node::salvage::held(node);
     only_what_can_be_mended(node, store, trusted.as_ref(), rescue, &mut findings, deadline);
-    let need = findings.iter().map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
+    let being_replaced = |f: &&Finding| unknown.is_some() && f.class.is_some_and(Class::converges);
+    let need =
+        findings.iter().filter(|f| !being_replaced(f)).map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
     let inputs = inputs(node, &differences);
     differences.truncate(MAX_DIFFERENCES);
     Ok(Examination {
         need,
+        unknown,
         inputs,
         leftovers,
         rescue,
@@ -385,6 +393,24 @@ mod tests {
         ] {
             assert_eq!(need(&node, &finding(kind, class)), expected, "{kind:?} {class}");
         }
+    }
+
+    #[test]
+    fn while_an_update_is_at_work_the_program_is_neither_damaged_nor_clean() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let look = || {
+            let deadline = Deadline::after(std::time::Duration::from_secs(30));
+            examine(&node, None, None, Care::Quick, deadline).unwrap()
+        };
+        // The program is gone: npm has taken it away, or somebody else has.
+        let damaged = |e: &Examination| e.findings.iter().any(|f| f.kind == FaultKind::FilesDamaged);
+        let gone = look();
+        assert!(damaged(&gone) && gone.need == Need::InPlace && gone.unknown.is_none(), "{gone:?}");
+        std::fs::create_dir(node.package_dir.with_file_name(".p-aB3dE5gH")).unwrap();
+        let updating = look();
+        assert!(updating.unknown.is_some_and(|what| what.contains(".p-aB3dE5gH")));
+        assert_ne!(updating.need, Need::InPlace, "nothing is repaired under npm's feet");
     }
 
     #[test]

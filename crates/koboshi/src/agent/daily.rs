@@ -325,13 +325,14 @@ impl Agent {
             self.daily.tidy_at = Some(now.plus_ms(RETRY_MS));
         }
         let need = exam.need;
+        let compared = exam.unknown.is_none();
         let findings = exam.findings.clone();
         self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
                 self.stale(now);
-                if serving && self.book.state().incident.is_none() {
+                if serving && compared && self.book.state().incident.is_none() {
                     self.backups(now);
                 }
             }

@@ -18,6 +18,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 const MAX_ACTIONS: usize = 64;
 /// While the judge looks, the engine is asked again this often: what a start does changes the budget.
 const ASK_AGAIN_MS: u64 = 1_000;
+/// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
+const CAME_BACK: &str = "came back from snapshot ";
+
 /// What the loop waits for on the engine's behalf.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Doing {
@@ -77,11 +80,44 @@ impl Doing {
 }
 
 impl Agent {
+    /// What is being done about the open incident, for people.
+    pub(super) fn doing_words(&self, now: Moment) -> String {
+        let state = self.book.state();
+        let hold = state.incident.as_ref().and_then(|incident| match &incident.stage {
+            engine::state::Stage::Holding(hold) => Some(hold),
+            engine::state::Stage::Fresh | engine::state::Stage::Climbing(_) => None,
+        });
+        let Some(hold) = hold else {
+            let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
+            if matches!(self.doing, Doing::Idle { .. }) && free_in_ms > 0 {
+                let s = free_in_ms.div_ceil(1_000);
+                return format!(
+                    "ready to start; three starts in 300 s are the most, the next is free in {s} s"
+                );
+            }
+            return self.doing.words();
+        };
+        let minutes = hold.retry_ms.saturating_sub(state.time_ms(now)).div_ceil(60_000);
+        let again = format!("tried again in {minutes} min at the latest");
+        match hold.kind {
+            engine::state::HoldKind::Emergency => format!("every way of recovery failed; {again}"),
+            engine::state::HoldKind::Latent => {
+                format!("the node serves, the damage could not be mended; {again}")
+            }
+            engine::state::HoldKind::Degraded => {
+                "it serves, and waits for what it silenced itself".to_owned()
+            }
+        }
+    }
+
     // ---- opening ----
 
     /// Opens an incident, unless one is open.
     pub(super) fn open(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
         let now = clock::now();
+        if self.errand.is_some_and(|errand| !errand.ordered) {
+            return;
+        }
         if self.hands_off().is_some_and(|why| self.book.state().left_alone(&why)) {
             // Told once already; an agent that was started anew does not tell it again.
             return;
@@ -205,7 +241,8 @@ impl Agent {
         let clean = match incident.kind {
             IncidentKind::Outage => true,
             IncidentKind::Damage | IncidentKind::Latent => {
-                self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing)
+                // What was not compared, because an update is at work, is not known to be whole.
+                self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing && e.unknown.is_none())
             }
         };
         let now = clock::now();
@@ -287,6 +324,12 @@ impl Agent {
     /// Does one action. `false` when the loop has to wait now.
     fn act(&mut self, action: Action) -> bool {
         match action {
+            Action::Note { record } if self.is_no_errand(&record.event) => false,
+            Action::Note { record }
+                if matches!(record.event, Event::Emergency { .. }) && self.ends_a_trial() =>
+            {
+                true
+            }
             Action::Note { record } => self.note(record),
             Action::Spawn { intent, step, layer, attempt, wider, deadline } => {
                 let _ = attempt;
@@ -306,7 +349,13 @@ impl Agent {
             Action::Start { intent, start, .. } => {
                 if self.write(intent) {
                     let at = clock::now();
-                    let error = self.service.manager().start(Deadline::after(MANAGER_LIMIT)).err();
+                    let mut asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+                    if asked.is_err() && self.service.look(Deadline::after(MANAGER_LIMIT)).held {
+                        // A hold that could not be taken back before, or is somebody's whose container would not die.
+                        self.release_now();
+                        asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+                    }
+                    let error = asked.err();
                     self.started(at);
                     let error = error.map(|e| format!("{}: {}", e.what, e.why));
                     self.write(Record::new(clock::now(), Event::Started { start, error }));
@@ -330,6 +379,52 @@ impl Agent {
         }
     }
 
+    /// The climb has failed: before that is written, a config that was replaced on suspicion alone goes back. Once per
+    /// climb; the engine is then asked again, with what lies on the disk now.
+    fn ends_a_trial(&mut self) -> bool {
+        /// One file is moved.
+        const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+        let Some((id, climbs)) = self.book.state().incident.as_ref().map(|i| (i.id, i.climbs)) else {
+            return false;
+        };
+        let on = layers::trial::on(&self.places.quarantine().join(format!("{id:08}")));
+        if !on || self.trial_ended == Some((id, climbs)) {
+            return false;
+        }
+        self.trial_ended = Some((id, climbs));
+        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, LIMIT);
+        let what = match answer {
+            Ok(Answer::Done(report)) => format!("the older config did not help: {}", report.done.join("; ")),
+            Ok(Answer::Failed { what, why }) => format!("{what}: {why}"),
+            Ok(
+                Answer::Examined(_)
+                | Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
+                | Answer::Tidied { .. }
+                | Answer::Delivered { .. },
+            ) => "the step that ends the config's trial answered something else".to_owned(),
+            Err(e) => e.to_string(),
+        };
+        let finding = Finding {
+            kind: FaultKind::Notice,
+            class: Some(engine::Class::Config),
+            what,
+            evidence: Vec::new(),
+        };
+        self.noticed(vec![finding]);
+        let _ = self.examine_now(Care::Down);
+        true
+    }
+
+    /// An agent that was begun for one layer begins no other climb: before the order it waits, after it it ends.
+    fn is_no_errand(&mut self, event: &Event) -> bool {
+        let Some(errand) = self.errand else { return false };
+        let other = matches!(event, Event::ClimbBegan { only: None, .. });
+        self.ending |= other && errand.ordered;
+        other
+    }
+
     fn note(&mut self, record: Record) -> bool {
         if let Event::Failed { layer, .. } = &record.event {
             self.why_it_failed(*layer);
@@ -340,6 +435,7 @@ impl Agent {
     /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
     pub(super) fn write(&mut self, record: Record) -> bool {
         let line = engine::summary::line(&record.event);
+        let asked = matches!(record.event, Event::ClimbBegan { only: Some(_), .. });
         let before = self.book.state().closed.as_ref().map(|c| c.id);
         match self.book.write(record) {
             Written::Yes => {
@@ -349,6 +445,9 @@ impl Agent {
                     (None, _) => {}
                 }
                 let closed = self.book.state().closed.as_ref().map(|c| c.id);
+                if asked || closed != before {
+                    self.only = None;
+                }
                 if closed != before
                     && let Some(id) = closed
                 {
@@ -434,12 +533,23 @@ impl Agent {
         self.looks_from = clock::now();
         self.next_look = self.looks_from;
         self.write(Record::new(clock::now(), event));
+        if layer == Layer::Restore {
+            // The repair is over, and with it its hold; the start comes next.
+            self.release();
+        }
     }
 
     /// Tells what a step said, and returns its own reason if it failed: for the record, not for any decision.
-    fn tell_report(&self, layer: Layer, answer: Option<Answer>) -> Option<String> {
+    fn tell_report(&mut self, layer: Layer, answer: Option<Answer>) -> Option<String> {
         match answer {
             Some(Answer::Done(report)) => {
+                let back = report.came_back.iter().map(|back| Finding {
+                    kind: FaultKind::Notice,
+                    class: Some(back.class),
+                    what: back.what.clone(),
+                    evidence: vec![format!("{CAME_BACK}{}", back.snapshot)],
+                });
+                self.noticed(back.collect());
                 for line in report.done.iter().chain(&report.undone) {
                     self.say(&format!("  {layer}: {line}"));
                 }
@@ -536,12 +646,20 @@ impl Agent {
         let mut facts = self.facts(format!("incident-{}", key.incident));
         if let Some(incident) = state.incident.as_ref().filter(|i| i.id == key.incident) {
             facts.why.clone_from(&incident.cause);
+            facts.serves = incident.kind != IncidentKind::Outage;
             facts.details = incident.findings.iter().map(|f| f.what.clone()).collect();
         }
         if let Some(closed) = state.closed.as_ref().filter(|c| c.id == key.incident) {
             facts.why.clone_from(&closed.why);
             facts.layer = closed.layer;
-            facts.down_ms = closed.took_ms as f64;
+            facts.serves = closed.uninterrupted;
+            // As `incidents show` counts it: to the first good look; what never stopped serving was never down.
+            let to_first_good = self.first_good.and_then(|at| at.since_ms(closed.opened));
+            facts.down_ms = match closed.uninterrupted {
+                true => 0.0,
+                false => to_first_good.map_or(closed.took_ms, |ms| ms.min(closed.took_ms)) as f64,
+            };
+            facts.details = came_back(self.book.told());
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
                 facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
@@ -550,7 +668,7 @@ impl Agent {
         let kind = match key.kind {
             AlertKind::Opening => alert::Kind::Opening,
             AlertKind::Emergency => alert::Kind::Emergency,
-            AlertKind::InPlaceFailed => alert::Kind::Notice(alert::Notice::LeftAlone),
+            AlertKind::InPlaceFailed => alert::Kind::Notice(alert::Notice::NotMended),
             AlertKind::Journal => alert::Kind::Notice(alert::Notice::JournalUnwritable),
             AlertKind::Closing => match state.closed.as_ref().map(|c| c.outcome) {
                 Some(Outcome::LeftAlone) => alert::Kind::Notice(alert::Notice::LeftAlone),
@@ -586,7 +704,7 @@ impl Agent {
 
     fn ladder(&mut self, now: Moment) -> Ladder {
         let exam = self.exam.clone();
-        let rungs = rungs(exam.as_ref(), self.book.state().incident.as_ref(), self);
+        let rungs = rungs(exam.as_ref(), self.book.state().incident.as_ref().map(|i| i.kind), self);
         let inconclusive =
             self.judgement.as_ref().is_some_and(|j| matches!(j.verdict, Verdict::Inconclusive { .. }));
         let alive = self.gateway.as_ref().is_some_and(|fd| !fd.exited());
@@ -598,10 +716,20 @@ impl Agent {
             intact: exam.as_ref().is_some_and(|e| e.need == Need::Nothing),
         };
         ladder.hands_off = self.hands_off();
+        ladder.only = self.only;
         ladder.journal_ok = self.book.journal_ok();
         ladder.evidence = evidence(exam.as_ref(), self.nudges);
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
         ladder
+    }
+
+    /// Whether the layer would have its turn in an incident of this kind, by the look just taken.
+    pub(super) fn would_apply(&self, layer: Layer, kind: IncidentKind) -> Result<(), String> {
+        let rungs = rungs(self.exam.as_ref(), Some(kind), self);
+        rungs
+            .into_iter()
+            .find(|rung| rung.layer == layer)
+            .map_or_else(|| Err("there is no such layer".to_owned()), |rung| rung.applies)
     }
 
     fn held(&self) -> Option<StepId> {
@@ -620,6 +748,21 @@ impl Agent {
             gates::Gate::Closed(why) => Err(why),
         }
     }
+}
+
+/// What of the user's came back from a snapshot in the incident that these records tell, and what it lacks.
+fn came_back(told: &[Record]) -> Vec<String> {
+    let mut lines: Vec<String> = told
+        .iter()
+        .filter_map(
+            |record| if let Event::Noticed { findings } = &record.event { Some(findings) } else { None },
+        )
+        .flatten()
+        .filter(|f| f.evidence.iter().any(|e| e.starts_with(CAME_BACK)))
+        .map(|f| f.what.clone())
+        .collect();
+    lines.dedup();
+    lines
 }
 
 /// The verdict as an incident hears it. Only what the gateway's crash-loop breaker silenced keeps an incident open; a
@@ -645,7 +788,7 @@ fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
 }
 
 /// Which layers apply now, and on what.
-fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent: &Agent) -> Vec<Rung> {
+fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Agent) -> Vec<Rung> {
     let inputs = |layer: Layer| {
         let mut hash = DefaultHasher::new();
         (layer, exam.map(|e| (e.inputs, e.snapshot.clone()))).hash(&mut hash);
@@ -662,7 +805,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
         (None, None) => Err("the disk could not be looked at".to_owned()),
         (Some(_), None) => Ok(()),
     };
-    let in_place = match (incident.map(|i| i.kind), exam.map(|e| e.need)) {
+    let in_place = match (incident, exam.map(|e| e.need)) {
         (Some(IncidentKind::Latent), Some(Need::InPlace)) => snapshot.clone(),
         (Some(IncidentKind::Latent), _) => Err("nothing is left to be repaired in place".to_owned()),
         (_, _) => Err("the node does not serve".to_owned()),
@@ -685,7 +828,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
 }
 
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.
-fn outside(finding: &Finding) -> bool {
+pub(super) fn outside(finding: &Finding) -> bool {
     matches!(finding.kind, FaultKind::PortTaken | FaultKind::DiskFull)
 }
 

@@ -163,9 +163,27 @@ fn snapshot_lines(desk: &Desk, kept: &Kept) {
     };
     p.line(format!("snapshots  {} kept, {good}; {disk}", kept.snapshots.len()));
     if let Some(info) = newest_good(kept) {
-        let ages: Vec<String> =
-            info.classes.iter().map(|(class, c)| format!("{class} {}", seconds(age_s(c.taken)))).collect();
-        p.line(format!("           good copies seen: {}", ages.join(", ")));
+        p.line(format!("           good copies, last seen unchanged: {}", copies(info)));
+    }
+}
+
+/// The age of each class's good copy, classes of the same age together.
+fn copies(info: &SnapshotInfo) -> String {
+    let mut by_age: Vec<(String, Vec<&str>)> = Vec::new();
+    for (class, copy) in &info.classes {
+        let age = seconds(age_s(copy.taken));
+        match by_age.iter_mut().find(|(known, _)| *known == age) {
+            Some((_, classes)) => classes.push(class.name()),
+            None => by_age.push((age, vec![class.name()])),
+        }
+    }
+    match by_age.as_slice() {
+        [(age, _)] => format!("every class {age} ago"),
+        several => {
+            let told: Vec<String> =
+                several.iter().map(|(age, classes)| format!("{} {age} ago", classes.join(", "))).collect();
+            told.join("; ")
+        }
     }
 }
 

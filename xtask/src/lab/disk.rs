@@ -79,11 +79,6 @@ impl Pool {
         Ok(to)
     }
 
-    pub(crate) fn delete(&self, root: &Path) {
-        // What stays goes with the image.
-        let _ = must(&["btrfs", "-q", "subvolume", "delete", &text(root)], &self.scratch, COPY_LIMIT);
-    }
-
     /// A directory in the pool that is no host's root: the upper layer of an overlay, for example.
     pub(crate) fn scratch_dir(&self, name: &str) -> Result<PathBuf, String> {
         let dir = self.dir.join(name);
@@ -102,7 +97,8 @@ pub(crate) fn pool(lab: &Lab, recording: &Arc<Recording>) -> Result<Pool, String
     std::fs::create_dir_all(&dir).map_err(|e| format!("make {}: {e}", dir.display()))?;
     let suite = suite()?;
     // Two runs that both find none make it one after the other.
-    let lock = File::create(dir.join("lock")).map_err(|e| format!("make the lock in {}: {e}", dir.display()))?;
+    let lock =
+        File::create(dir.join("lock")).map_err(|e| format!("make the lock in {}: {e}", dir.display()))?;
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).map_err(|e| format!("lock: {e}"))?;
     let debian = dir.join(format!("debian-{}.img", debian_key(lab, &suite)?));
     let hosts = dir.join(format!("hosts-{}.img", hosts_key(&debian, lab, recording)?));
@@ -223,7 +219,13 @@ fn base(lab: &Lab, suite: &str, pool: &Pool) -> Result<(), String> {
     must(&["btrfs", "-q", "subvolume", "create", &text(&root)], &lab.work, COPY_LIMIT)?;
     let include = format!("--include={}", PACKAGES.replace(char::is_whitespace, ""));
     let words = [
-        "eatmydata", "mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io", &include, suite,
+        "eatmydata",
+        "mmdebstrap",
+        "--quiet",
+        "--variant=minbase",
+        "--dpkgopt=force-unsafe-io",
+        &include,
+        suite,
         &text(&root),
     ];
     must(&words, &lab.work, DEBIAN_LIMIT)?;
@@ -294,7 +296,8 @@ fn node(lab: &Lab, pool: &Pool, recording: &Arc<Recording>, kind: Template) -> R
     host.token = judge::read_token(&host);
     println!("-- {name}: first start, a cron job, some files");
     if let Err(why) = judge::serves_within(&host, START_LIMIT) {
-        let told = host.root("journalctl --no-pager -n 40 -o cat; tail -n 20 /tmp/openclaw/*.log | cut -c1-300")?;
+        let told =
+            host.root("journalctl --no-pager -n 40 -o cat; tail -n 20 /tmp/openclaw/*.log | cut -c1-300")?;
         return Err(format!("{why}: {}", told.out));
     }
     host.claw_must_within(
@@ -305,8 +308,12 @@ fn node(lab: &Lab, pool: &Pool, recording: &Arc<Recording>, kind: Template) -> R
     seed(lab, &host)?;
     judge::Ledger::take(&host)?;
     let stop = match kind {
-        Template::User => host.claw_within("systemctl --user stop openclaw-gateway.service", OPENCLAW_LIMIT)?,
-        Template::System | Template::Base => host.root_within("systemctl stop openclaw-gateway.service", OPENCLAW_LIMIT)?,
+        Template::User => {
+            host.claw_within("systemctl --user stop openclaw-gateway.service", OPENCLAW_LIMIT)?
+        }
+        Template::System | Template::Base => {
+            host.root_within("systemctl stop openclaw-gateway.service", OPENCLAW_LIMIT)?
+        }
     };
     if !stop.ok() {
         return Err(format!("the gateway did not stop: {}", stop.words()));

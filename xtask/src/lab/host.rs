@@ -51,6 +51,8 @@ pub(crate) struct Host {
     cgroups: Vec<PathBuf>,
     running: Option<Running>,
     binds: Vec<String>,
+    /// It is left running when its scenario is over.
+    pub(crate) keep: bool,
 }
 
 struct Running {
@@ -80,6 +82,7 @@ impl Host {
             scratch: scratch.to_owned(),
             running: None,
             binds: Vec::new(),
+            keep: false,
         };
         host.settle()?;
         host.token = judge::read_token(&host);
@@ -101,7 +104,8 @@ impl Host {
         let key = self.path("/etc/ssh/ssh_host_ed25519_key");
         let _ = std::fs::remove_file(&key);
         let key = key.to_string_lossy().into_owned();
-        let words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name.as_str(), "-f", key.as_str()];
+        let words =
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name.as_str(), "-f", key.as_str()];
         tool::must(&words, &self.scratch, COMMAND_LIMIT).map(drop)
     }
 
@@ -362,8 +366,12 @@ impl Host {
         let init = self.init()?;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // Inside the host's own tree, so that the command sees itself where a process of this host may be.
-        let mine: Vec<PathBuf> =
-            self.cgroups.iter().map(|c| c.join(format!("payload/lab-{number}"))).filter(|c| make(c)).collect();
+        let mine: Vec<PathBuf> = self
+            .cgroups
+            .iter()
+            .map(|c| c.join(format!("payload/lab-{number}")))
+            .filter(|c| make(c))
+            .collect();
         let mut c = self.entering("exec nsenter \"$@\"", &mine);
         c.arg("sh").args(["--target", &init.to_string(), "--all", "--wdns=/", "--"]);
         c.args(["setpriv", "--bounding-set", NEVER]);
@@ -378,7 +386,8 @@ impl Host {
         c.arg(format!("PATH={path}")).arg(format!("HOME={home}"));
         c.arg(format!("USER={user}")).arg(format!("LOGNAME={user}"));
         if who == As::Claw {
-            c.arg("XDG_RUNTIME_DIR=/run/user/1000").arg("DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/1000/bus");
+            c.arg("XDG_RUNTIME_DIR=/run/user/1000")
+                .arg("DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/1000/bus");
         }
         c.args(["bash", "-c"]).arg(format!("cd {home} && {script}"));
         let result = tool::run(c, &self.scratch, limit);
@@ -446,7 +455,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        if let Some(mut running) = self.running.take() {
+        if self.keep {
+            println!("up: {}", self.how_to_enter());
+        } else if let Some(mut running) = self.running.take() {
             if let Some(dir) = self.cgroups.first() {
                 let _ = std::fs::write(dir.join("cgroup.kill"), "1");
             }

@@ -17,7 +17,6 @@ const BODY_LIMIT_BYTES: u64 = 1 << 20;
 /// What was asked.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Request {
-    pub(crate) method: String,
     pub(crate) path: String,
     pub(crate) body: String,
 }
@@ -50,7 +49,8 @@ pub(crate) fn serve(
             };
             let (act, over) = (Arc::clone(&act), Arc::clone(&over));
             std::thread::spawn(move || {
-                let limits = stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(REQUEST_LIMIT)));
+                let limits =
+                    stream.set_nonblocking(false).and_then(|()| stream.set_read_timeout(Some(REQUEST_LIMIT)));
                 if limits.is_ok() {
                     act(stream, &over);
                 }
@@ -66,8 +66,7 @@ pub(crate) fn read(stream: &TcpStream) -> Option<Request> {
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
     let mut words = line.split_ascii_whitespace();
-    let mut request =
-        Request { method: words.next()?.to_owned(), path: words.next()?.to_owned(), body: String::new() };
+    let mut request = Request { path: words.nth(1)?.to_owned(), body: String::new() };
     let mut length = 0;
     loop {
         line.clear();
@@ -88,7 +87,9 @@ pub(crate) fn read(stream: &TcpStream) -> Option<Request> {
 
 /// The head of an answer.
 pub(crate) fn head(status: &str, kind: &str, length: usize) -> String {
-    format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    )
 }
 
 /// A whole answer; a client that has gone is no error of ours.

@@ -73,7 +73,11 @@ pub(crate) fn serves_within(host: &Host, limit: Duration) -> Result<Hello, Strin
         match hello(host) {
             Ok(hello) => return Ok(hello),
             Err(why) if started.elapsed() > limit => {
-                return Err(format!("no hello from {} within {:.0} s: {why}", host.name, limit.as_secs_f64()));
+                return Err(format!(
+                    "no hello from {} within {:.0} s: {why}",
+                    host.name,
+                    limit.as_secs_f64()
+                ));
             }
             Err(_) => std::thread::sleep(AGAIN),
         }
@@ -127,7 +131,8 @@ impl Ledger {
             Some((name.to_owned(), hash.to_owned()))
         };
         let ledger: BTreeMap<String, String> = out.out.lines().filter_map(pair).collect();
-        if ledger.keys().filter(|name| name.contains("_")).count() < LEAST_ROWS || ledger.len() < LEAST_OWNED {
+        if ledger.keys().filter(|name| name.contains("_")).count() < LEAST_ROWS || ledger.len() < LEAST_OWNED
+        {
             return Err(format!("cannot take stock of the user's things: {}", out.words()));
         }
         Ok(Ledger(ledger))

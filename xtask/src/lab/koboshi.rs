@@ -37,11 +37,16 @@ impl Koboshi {
     pub(crate) fn install(self, host: &Host, alerts: bool) -> Result<String, String> {
         let mut config = CONFIG.to_owned();
         if alerts {
-            config += &format!("[[alert]]\nkind = \"webhook\"\nurl = \"http://{}:{}/hook\"\n", net::SERVICES, sink::PORT);
+            config += &format!(
+                "[[alert]]\nkind = \"webhook\"\nurl = \"http://{}:{}/hook\"\n",
+                net::SERVICES,
+                sink::PORT
+            );
         }
         let dir = self.config_dir();
-        let script =
-            format!("umask 077; mkdir -p {dir}/koboshi.d && cat > {dir}/koboshi.d/lab.toml <<'END'\n{config}END\n");
+        let script = format!(
+            "umask 077; mkdir -p {dir}/koboshi.d && cat > {dir}/koboshi.d/lab.toml <<'END'\n{config}END\n"
+        );
         match self.0 {
             Home::Root => host.must(&script)?,
             Home::Claw => host.claw_must(&script)?,
@@ -57,14 +62,6 @@ impl Koboshi {
         }
     }
 
-    /// Where its state lies.
-    pub(crate) fn state_dir(self) -> &'static str {
-        match self.0 {
-            Home::Root => "/var/lib/koboshi",
-            Home::Claw => "/home/claw/.local/state/koboshi",
-        }
-    }
-
     /// A command of koboshi.
     pub(crate) fn run(self, host: &Host, words: &str, limit: Duration) -> Result<super::tool::Out, String> {
         match self.0 {
@@ -76,7 +73,8 @@ impl Koboshi {
     /// A command's one object.
     pub(crate) fn ask(self, host: &Host, words: &str) -> Result<Value, String> {
         let out = self.run(host, &format!("{words} --json"), ASK_LIMIT)?;
-        serde_json::from_str(out.out.trim()).map_err(|e| format!("koboshi {words} --json: {e}: {}", out.words()))
+        serde_json::from_str(out.out.trim())
+            .map_err(|e| format!("koboshi {words} --json: {e}: {}", out.words()))
     }
 
     /// What its agent published last.
@@ -174,7 +172,13 @@ impl Before {
     }
 
     /// Claims that the node serves again: another boot of the same version, exactly one gateway, nothing lost.
-    pub(crate) fn righted(&self, play: &mut Play, host: &Host, what: &str, limit: Duration) -> Result<(), String> {
+    pub(crate) fn righted(
+        &self,
+        play: &mut Play,
+        host: &Host,
+        what: &str,
+        limit: Duration,
+    ) -> Result<(), String> {
         let started = Instant::now();
         let mut hello = judge::serves_within(host, limit);
         while hello.as_ref().is_ok_and(|h| h.boot_id == self.hello.boot_id) && started.elapsed() < limit {
@@ -186,10 +190,16 @@ impl Before {
             return Err("no gateway to go on with".to_owned());
         };
         play.say(&format!("after {took:.1} s"));
-        play.claim(hello.boot_id != self.hello.boot_id, &format!("{what}: it is a new start"), || hello.boot_id.clone());
-        play.claim(hello.version == self.hello.version, &format!("{what}: of the same version"), || hello.version.clone());
+        play.claim(hello.boot_id != self.hello.boot_id, &format!("{what}: it is a new start"), || {
+            hello.boot_id.clone()
+        });
+        play.claim(hello.version == self.hello.version, &format!("{what}: of the same version"), || {
+            hello.version.clone()
+        });
         let gateways = host.gateways()?;
-        play.claim(gateways.len() == 1, &format!("{what}: exactly one gateway runs"), || format!("{gateways:?}"));
+        play.claim(gateways.len() == 1, &format!("{what}: exactly one gateway runs"), || {
+            format!("{gateways:?}")
+        });
         let lost = self.ledger.losses(&judge::Ledger::take(host)?);
         play.claim(lost.is_empty(), &format!("{what}: the user has lost nothing"), || format!("{lost:?}"));
         Ok(())

@@ -57,8 +57,7 @@ pub(crate) fn run(root: &Path, set: Set, tally: &mut Tally) {
         tally.skip("lab", "not root: hosts with namespaces and file systems of their own are beyond us");
         return;
     }
-    let names: Vec<&str> =
-        ALL.iter().filter(|s| set == Set::Full || s.ci).map(|s| s.name).collect();
+    let names: Vec<&str> = ALL.iter().filter(|s| set == Set::Full || s.ci).map(|s| s.name).collect();
     play(root, &names, false, tally);
 }
 
@@ -130,7 +129,7 @@ pub(crate) fn inside(words: &[&str]) -> ExitCode {
     let work = PathBuf::from(work);
     let keep = names.contains(&"--keep");
     let chosen: Vec<&Scenario> = ALL.iter().filter(|s| names.contains(&s.name)).collect();
-    let result = Lab::open(Path::new(root), &work, cgroups).map(|lab| lab.play(&chosen, keep));
+    let result = Lab::open(Path::new(root), &work, cgroups, keep).map(|lab| lab.play(&chosen));
     let count = result.unwrap_or_else(|why| {
         println!("FAILED: {why}");
         Count { passed: 0, failed: 1, skipped: Vec::new() }
@@ -153,10 +152,12 @@ pub(crate) struct Lab {
     cgroups: Vec<PathBuf>,
     recording: Arc<Recording>,
     pool: Option<Pool>,
+    /// Hosts stay up after their scenario until the run is ended.
+    keep: bool,
 }
 
 impl Lab {
-    fn open(root: &Path, work: &Path, cgroups: &[&str]) -> Result<Lab, String> {
+    fn open(root: &Path, work: &Path, cgroups: &[&str], keep: bool) -> Result<Lab, String> {
         own_run(work)?;
         let cache = demo::cache(root);
         let recording = Arc::new(Recording::read(&cache, work)?);
@@ -167,6 +168,7 @@ impl Lab {
             cgroups: cgroups.iter().map(PathBuf::from).collect(),
             recording: Arc::clone(&recording),
             pool: None,
+            keep,
         };
         let started = Instant::now();
         lab.pool = Some(disk::pool(&lab, &recording)?);
@@ -179,15 +181,15 @@ impl Lab {
     }
 
     /// Plays scenarios side by side, the first ones first.
-    fn play(&self, chosen: &[&Scenario], keep: bool) -> Count {
+    fn play(&self, chosen: &[&Scenario]) -> Count {
         let total = Mutex::new(Count::default());
         let next = AtomicUsize::new(0);
-        let alone = keep || chosen.len() == 1;
+        let alone = self.keep || chosen.len() == 1;
         std::thread::scope(|scope| {
             for _ in 0..if alone { 1 } else { SIDE_BY_SIDE } {
                 scope.spawn(|| {
                     while let Some(scenario) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let count = self.one(scenario, keep);
+                        let count = self.one(scenario);
                         locked(&total, |t| t.add(count));
                     }
                 });
@@ -196,7 +198,7 @@ impl Lab {
         total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn one(&self, scenario: &Scenario, keep: bool) -> Count {
+    fn one(&self, scenario: &Scenario) -> Count {
         let started = Instant::now();
         let name = scenario.name;
         println!("[{name}] {}", scenario.proves);
@@ -212,7 +214,7 @@ impl Lab {
                 if play.count.failed > 0 {
                     play.keep_for_a_look();
                 }
-                if keep {
+                if self.keep {
                     play.wait_for_the_end();
                 }
                 count = std::mem::take(&mut play.count);
@@ -357,7 +359,9 @@ impl Play<'_> {
         let binary = demo::binary(&self.site.lab.root);
         let to = root.join("usr/bin/koboshi");
         std::fs::copy(&binary, &to).map_err(|e| format!("copy {}: {e}", binary.display()))?;
-        self.site.host_on(name, root)
+        let mut host = self.site.host_on(name, root)?;
+        host.keep = self.site.lab.keep;
+        Ok(host)
     }
 
     pub(crate) fn pool(&self) -> Result<&Pool, String> {

@@ -78,7 +78,9 @@ impl Switch {
     pub(crate) fn cut(&self, host: &str, netns: &str, cut: Cut) -> Result<(), String> {
         let rules = match cut {
             Cut::Link => return self.ip(&self.name, &["link", "set", &cable(host), "down"]).map(drop),
-            Cut::Drop => "add rule inet lab in iifname eth0 drop\nadd rule inet lab out oifname eth0 drop\n".to_owned(),
+            Cut::Drop => {
+                "add rule inet lab in iifname eth0 drop\nadd rule inet lab out oifname eth0 drop\n".to_owned()
+            }
             Cut::ResetTo(port) => {
                 format!("add rule inet lab out oifname eth0 tcp dport {port} reject with tcp reset\n")
             }

@@ -76,7 +76,8 @@ impl Recording {
             if path.ends_with(".tgz") {
                 recording.files.insert(path, file);
             } else {
-                let text = std::fs::read_to_string(&file).map_err(|e| format!("read {}: {e}", file.display()))?;
+                let text =
+                    std::fs::read_to_string(&file).map_err(|e| format!("read {}: {e}", file.display()))?;
                 recording.documents.insert(path, text.replace(PUBLIC, URL).into_bytes());
             }
         }
@@ -304,14 +305,13 @@ fn send(
     let mut rest = body.as_slice();
     while !rest.is_empty() && !over.load(Ordering::Relaxed) {
         let piece = match mode() {
-            Mode::Slow(per_second) => usize::try_from(per_second / 10).unwrap_or(usize::MAX).clamp(1, rest.len()),
+            Mode::Slow(per_second) => {
+                usize::try_from(per_second / 10).unwrap_or(usize::MAX).clamp(1, rest.len())
+            }
             Mode::Hang => 0,
-            Mode::Good
-            | Mode::Error500
-            | Mode::Truncate
-            | Mode::Corrupt
-            | Mode::Reset
-            | Mode::Close => rest.len(),
+            Mode::Good | Mode::Error500 | Mode::Truncate | Mode::Corrupt | Mode::Reset | Mode::Close => {
+                rest.len()
+            }
         };
         let (now, later) = rest.split_at(piece);
         if stream.write_all(now).is_err() {

@@ -26,7 +26,6 @@ pub(crate) enum Mood {
 /// One delivered alert.
 #[derive(Debug, Clone)]
 pub(crate) struct Alert {
-    pub(crate) at: Instant,
     pub(crate) path: String,
     pub(crate) body: String,
 }
@@ -52,7 +51,6 @@ impl Sink {
         let shared = Arc::clone(&state);
         let server = http::serve(listener, move |mut stream, over| {
             let Some(request) = http::read(&stream) else { return };
-            let at = Instant::now();
             loop {
                 let mood = locked(&shared, |s| s.mood);
                 match mood {
@@ -67,7 +65,7 @@ impl Sink {
             }
             locked(&shared, |s| {
                 if s.alerts.len() < KEPT_LIMIT {
-                    s.alerts.push(Alert { at, path: request.path.clone(), body: request.body.clone() });
+                    s.alerts.push(Alert { path: request.path.clone(), body: request.body.clone() });
                 }
             });
             // A body that both a webhook's and a Telegram-like sender take for success.
@@ -93,7 +91,10 @@ impl Sink {
             }
             if started.elapsed() > limit {
                 let bodies: Vec<String> = self.alerts().into_iter().map(|a| a.body).collect();
-                return Err(format!("no alert with {words:?} within {:.0} s: {bodies:?}", limit.as_secs_f64()));
+                return Err(format!(
+                    "no alert with {words:?} within {:.0} s: {bodies:?}",
+                    limit.as_secs_f64()
+                ));
             }
             std::thread::sleep(POLL);
         }

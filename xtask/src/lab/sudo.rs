@@ -125,13 +125,15 @@ impl Broken {
             Broken::SetuidLost => ("chmod u-s /usr/bin/sudo", "chmod 4755 /usr/bin/sudo"),
             Broken::OwnerLost => {
                 // A change of owner takes the bit away; both come back.
-                ("chown claw /usr/bin/sudo && chmod 4755 /usr/bin/sudo", "chown root /usr/bin/sudo && chmod 4755 /usr/bin/sudo")
+                (
+                    "chown claw /usr/bin/sudo && chmod 4755 /usr/bin/sudo",
+                    "chown root /usr/bin/sudo && chmod 4755 /usr/bin/sudo",
+                )
             }
             Broken::Gone => ("mv /usr/bin/sudo /root/sudo.gone", "mv /root/sudo.gone /usr/bin/sudo"),
-            Broken::Nosuid => (
-                "mount --bind /usr/bin /usr/bin && mount -o remount,bind,nosuid /usr/bin",
-                "umount /usr/bin",
-            ),
+            Broken::Nosuid => {
+                ("mount --bind /usr/bin /usr/bin && mount -o remount,bind,nosuid /usr/bin", "umount /usr/bin")
+            }
             // Nothing on the host changes: the caller is made so; a unit is by `NoNewPrivileges=yes`.
             Broken::NoNewPrivileges => ("true", "true"),
             Broken::RequireTty => (

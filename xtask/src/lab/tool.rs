@@ -31,7 +31,8 @@ impl Out {
 
     /// The last words of both outputs, for a message.
     pub(crate) fn words(&self) -> String {
-        let tail = |s: &str| s.chars().rev().take(600).collect::<Vec<_>>().into_iter().rev().collect::<String>();
+        let tail =
+            |s: &str| s.chars().rev().take(600).collect::<Vec<_>>().into_iter().rev().collect::<String>();
         let (out, err) = (tail(self.out.trim()), tail(self.err.trim()));
         let how = match (self.status, self.timed_out) {
             (Some(code), _) => format!("status {code}"),

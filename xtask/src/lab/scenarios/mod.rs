@@ -14,11 +14,7 @@ pub(crate) struct Scenario {
     pub(crate) play: fn(&mut Play) -> Result<(), String>,
 }
 
-const fn ci(
-    name: &'static str,
-    proves: &'static str,
-    play: fn(&mut Play) -> Result<(), String>,
-) -> Scenario {
+const fn ci(name: &'static str, proves: &'static str, play: fn(&mut Play) -> Result<(), String>) -> Scenario {
     Scenario { name, proves, ci: true, play }
 }
 
@@ -34,12 +30,24 @@ const fn full(
 pub(crate) const ALL: &[Scenario] = &[
     full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
     full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),
-    ci("user-install", "installing and uninstalling change no byte of a serving node, and no process", systemd::install),
-    ci("user-kill", "killed and stopped gateways of a user unit stand up, one starter only; an agent may die", systemd::kill),
+    ci(
+        "user-install",
+        "installing and uninstalling change no byte of a serving node, and no process",
+        systemd::install,
+    ),
+    ci(
+        "user-kill",
+        "killed and stopped gateways of a user unit stand up, one starter only; an agent may die",
+        systemd::kill,
+    ),
     ci("user-program", "a deleted program tree is restored", systemd::program),
     full("user-stop", "a gateway stopped by koboshi stays stopped, over a reboot too", systemd::stop),
     ci("system-unit", "the same of a root-owned program run by a system unit", systemd::system),
-    ci("user-agent", "koboshi as an unprivileged user service rights the node of its user", systemd::user_agent),
+    ci(
+        "user-agent",
+        "koboshi as an unprivileged user service rights the node of its user",
+        systemd::user_agent,
+    ),
     full("lower-layer", "a program tree on an overlay's lower layer is restored too", systemd::lower_layer),
     ci("sudo-gates", "each broken state of sudo is real and answers as expected", parts::sudo_gates),
     ci("services", "registry and alert receiver fail in every way they can", parts::services),

@@ -56,13 +56,13 @@ pub(super) fn services(play: &mut Play) -> Result<(), String> {
     let whole = host.must(&tarball)?;
     let answered = host.must(&document)?;
     play.claim(answered == "200", "the registry describes the recorded OpenClaw", || answered.clone());
+    play.registry()?.asked();
     let out = npm(&host)?;
     play.claim(out.ok(), "npm installs from it", || out.words());
-    for (mode, curl) in [
-        (Mode::Error500, "500"),
-        (Mode::Hang, "000"),
-        (Mode::Close, "000"),
-    ] {
+    let asked = play.registry()?.asked();
+    let seen = asked.first().is_some_and(|p| p == "/zod") && asked.iter().any(|p| p.ends_with(".tgz"));
+    play.claim(seen, "and what it asked for was seen", || format!("{asked:?}"));
+    for (mode, curl) in [(Mode::Error500, "500"), (Mode::Hang, "000"), (Mode::Close, "000")] {
         play.registry()?.set(mode);
         let out = host.root(&document)?;
         play.claim(out.out == curl, &format!("{mode:?}: a document is answered {curl}"), || out.words());
@@ -89,6 +89,7 @@ pub(super) fn services(play: &mut Play) -> Result<(), String> {
         let out = host.root(post)?;
         play.claim(out.out == code, &format!("receiver, {mood:?}: {code}"), || out.words());
     }
+    play.sink()?.wait_for("an alert", NET_HANGS)?;
     let got = play.sink()?.alerts();
     let one = got.len() == 1 && got.iter().all(|a| a.path == "/hook" && a.body == "an alert");
     play.claim(one, "only the accepted alert is kept", || format!("{got:?}"));
@@ -111,7 +112,9 @@ pub(super) fn network(play: &mut Play) -> Result<(), String> {
         first.mend(&play.site.switch)?;
         play.claim(!out.ok(), &format!("{cut:?}: no login"), || out.words());
         let at_once = out.took < Duration::from_secs(1);
-        play.claim(at_once == fails_at_once, &format!("{cut:?}: told at once: {fails_at_once}"), || out.words());
+        play.claim(at_once == fails_at_once, &format!("{cut:?}: told at once: {fails_at_once}"), || {
+            out.words()
+        });
         let out = first.claw(ssh)?;
         play.claim(out.ok(), &format!("{cut:?}: mended"), || out.words());
     }
@@ -141,7 +144,9 @@ pub(crate) fn befriend(from: &Host, to: &Host) -> Result<(), String> {
     from.claw_must("mkdir -pm 700 .ssh && ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519")?;
     let public = from.claw_must("cat .ssh/id_ed25519.pub")?;
     let host_key = to.must("cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub")?;
-    to.claw_must(&format!("mkdir -pm 700 .ssh && echo '{public}' >> .ssh/authorized_keys && chmod 600 .ssh/*"))?;
+    to.claw_must(&format!(
+        "mkdir -pm 700 .ssh && echo '{public}' >> .ssh/authorized_keys && chmod 600 .ssh/*"
+    ))?;
     from.claw_must(&format!("echo '{} {host_key}' >> .ssh/known_hosts", to.name))?;
     Ok(())
 }
@@ -155,7 +160,9 @@ pub(super) fn disks(play: &mut Play) -> Result<(), String> {
     play.expect(hello, "a node whose state lies on a disk of its own serves");
     host.fill("/home/claw/.openclaw")?;
     let out = host.claw("echo more > .openclaw/workspace/more && sync .openclaw/workspace/more")?;
-    play.claim(!out.ok() && out.err.contains("No space left"), "filled, it takes nothing more", || out.words());
+    play.claim(!out.ok() && out.err.contains("No space left"), "filled, it takes nothing more", || {
+        out.words()
+    });
     host.unfill("/home/claw/.openclaw")?;
     let out = host.claw("echo more > .openclaw/workspace/more")?;
     play.claim(out.ok(), "unfilled, it does", || out.words());

@@ -54,7 +54,9 @@ fn closed(play: &mut Play, koboshi: Koboshi, host: &Host, what: &str) -> Result<
     koboshi.wait(host, CLOSE, "a closed incident", |s| s["incident"].is_null() && s["confirmed"] == true)?;
     let all = koboshi.incidents(host)?;
     let last = all.last().cloned().ok_or_else(|| format!("{what}: no incident is on record"))?;
-    play.claim(last["outcome"] == "recovered", &format!("{what}: the incident ended as recovered"), || last.to_string());
+    play.claim(last["outcome"] == "recovered", &format!("{what}: the incident ended as recovered"), || {
+        last.to_string()
+    });
     Ok(last)
 }
 
@@ -104,7 +106,9 @@ const NODES_OWN: [&str; 5] = [
 ];
 
 fn foreign(changed: Vec<String>) -> Vec<String> {
-    let below = |p: &str, roots: &[&str]| roots.iter().any(|r| p == *r || p.starts_with(&format!("{r}/")) || p.starts_with(&format!("{r}-")));
+    let below = |p: &str, roots: &[&str]| {
+        roots.iter().any(|r| p == *r || p.starts_with(&format!("{r}/")) || p.starts_with(&format!("{r}-")))
+    };
     changed
         .into_iter()
         .filter(|p| !below(p, &OWN) && !OWN_PARENTS.contains(&p.as_str()) && !below(p, &NODES_OWN))
@@ -130,10 +134,13 @@ pub(super) fn install(play: &mut Play) -> Result<(), String> {
         let own = changed(&first, &second).iter().any(|p| p == "/etc/systemd/system/koboshi.service");
         play.claim(own, "its unit was seen to appear", || "it was not".to_owned());
         let now = host.identity(main_pid(host, Unit::User)?)?;
-        play.claim(now == identity, "the gateway is the same process, since the same tick", || format!("{identity}: {now}"));
+        play.claim(now == identity, "the gateway is the same process, since the same tick", || {
+            format!("{identity}: {now}")
+        });
         let same = judge::hello(host)?;
         play.claim(same == hello, "it has not been restarted", || format!("{same:?}"));
-        let active = host.must("systemctl is-active koboshi.service; systemctl is-enabled koboshi.service")?;
+        let active =
+            host.must("systemctl is-active koboshi.service; systemctl is-enabled koboshi.service")?;
         play.claim(active == "active\nenabled", "koboshi's unit is active and enabled", || active.clone());
         let again = ROOT.install(host, true)?;
         let third = picture(host)?;
@@ -172,7 +179,9 @@ pub(super) fn kill(play: &mut Play) -> Result<(), String> {
         play.say(&starters);
         closed(play, ROOT, host, "SIGKILL")?;
         let cgroup = host.must(&format!("cat /proc/{}/cgroup", main_pid(host, Unit::User)?))?;
-        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || cgroup.clone());
+        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || {
+            cgroup.clone()
+        });
 
         let before = Before::take(host)?;
         let pid = main_pid(host, Unit::User)?;
@@ -191,7 +200,9 @@ pub(super) fn kill(play: &mut Play) -> Result<(), String> {
         });
         play.expect(back, "agent killed: systemd brings it back and it adopts the gateway");
         let now = host.identity(main_pid(host, Unit::User)?)?;
-        play.claim(now == identity, "agent killed: the gateway is untouched", || format!("{identity}: {now}"));
+        play.claim(now == identity, "agent killed: the gateway is untouched", || {
+            format!("{identity}: {now}")
+        });
         let same = judge::hello(host)?;
         play.claim(same == hello, "agent killed: it serves on", || format!("{same:?}"));
         Ok(())
@@ -204,7 +215,13 @@ pub(super) fn program(play: &mut Play) -> Result<(), String> {
 }
 
 /// Deletes the program and kills the gateway: only a restore brings it back.
-fn deleted(play: &mut Play, koboshi: Koboshi, host: &Host, unit: Unit, before: &Before) -> Result<(), String> {
+fn deleted(
+    play: &mut Play,
+    koboshi: Koboshi,
+    host: &Host,
+    unit: Unit,
+    before: &Before,
+) -> Result<(), String> {
     let package = unit.package();
     // Renamed away first, so that it is gone from one moment to the next.
     host.must(&format!(
@@ -213,7 +230,9 @@ fn deleted(play: &mut Play, koboshi: Koboshi, host: &Host, unit: Unit, before: &
     ))?;
     before.righted(play, host, "program deleted", CLIMB)?;
     let incident = closed(play, koboshi, host, "program deleted")?;
-    play.claim(incident["layer"] == "restore", "program deleted: layer restore healed it", || incident.to_string());
+    play.claim(incident["layer"] == "restore", "program deleted: layer restore healed it", || {
+        incident.to_string()
+    });
     let owner = host.must(&format!("stat -c %U {package}/package.json"))?;
     let wanted = if unit == Unit::User { "claw" } else { "root" };
     play.claim(owner == wanted, "program deleted: the files belong to whom they did", || owner.clone());
@@ -257,16 +276,24 @@ pub(super) fn lower_layer(play: &mut Play) -> Result<(), String> {
     host.overlay(inside, &work)?;
     host.boot()?;
     judge::serves_within(&host, START)?;
-    let out = host.root(&format!("mv {0}/lib/node_modules/openclaw {0}/x && mv {0}/x {0}/lib/node_modules/openclaw", inside))?;
-    play.say(&format!("renaming the program directory there: {}", out.words()));
+    let out = host.root(&format!(
+        "perl -e 'rename(\"{inside}/lib/node_modules/openclaw\", \"{inside}/x\") or die $!'"
+    ))?;
+    play.claim(!out.ok(), "the program's directory cannot be renamed there", || out.words());
     ROOT.install(&host, true)?;
     settled(play, ROOT, &host)?;
     let before = Before::take(&host)?;
     on(play, &mut host, |play, host| {
-        host.must(&format!("rm -rf {}/dist && kill -9 {}", Unit::User.package(), main_pid(host, Unit::User)?))?;
+        host.must(&format!(
+            "rm -rf {}/dist && kill -9 {}",
+            Unit::User.package(),
+            main_pid(host, Unit::User)?
+        ))?;
         before.righted(play, host, "dist deleted", CLIMB)?;
         let incident = closed(play, ROOT, host, "dist deleted")?;
-        play.claim(incident["layer"] == "restore", "dist deleted: layer restore healed it", || incident.to_string());
+        play.claim(incident["layer"] == "restore", "dist deleted: layer restore healed it", || {
+            incident.to_string()
+        });
         Ok(())
     })
 }
@@ -316,16 +343,22 @@ pub(super) fn will(play: &mut Play) -> Result<(), String> {
         let stopped = Instant::now();
         host.must(&format!("{unit} stop openclaw-gateway.service"))?;
         let early = hello_within(host, Duration::from_secs(60));
-        play.claim(!early, "a bare stop is let be for a while", || format!("up after {:?}", stopped.elapsed()));
+        play.claim(!early, "a bare stop is let be for a while", || {
+            format!("up after {:?}", stopped.elapsed())
+        });
         before.righted(play, host, "bare stop", CLIMB)?;
         let after_s = stopped.elapsed().as_secs();
-        play.claim((80..240).contains(&after_s), "bare stop: started again after about 90 s", || format!("{after_s} s"));
+        play.claim((80..240).contains(&after_s), "bare stop: started again after about 90 s", || {
+            format!("{after_s} s")
+        });
         ROOT.wait(host, CLOSE, "nothing open", |s| s["incident"].is_null() && s["confirmed"] == true)?;
         host.must(&format!("{unit} stop openclaw-gateway.service"))?;
         let up = hello_within(host, Duration::from_secs(150));
         play.claim(!up, "a second bare stop within the hour is obeyed", || "it was started".to_owned());
         let status = ROOT.status(host)?;
-        play.claim(status["hands_off"].is_string(), "and the status says so", || status["hands_off"].to_string());
+        play.claim(status["hands_off"].is_string(), "and the status says so", || {
+            status["hands_off"].to_string()
+        });
         host.must(&format!("{unit} start openclaw-gateway.service"))?;
         judge::serves_within(host, START)?;
         ROOT.wait(host, CLOSE, "a confirmed node", |s| s["confirmed"] == true && s["incident"].is_null())?;

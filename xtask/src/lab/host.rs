@@ -340,10 +340,6 @@ impl Host {
         self.succeeded(script, &self.root(script)?)
     }
 
-    pub(crate) fn must_within(&self, script: &str, limit: Duration) -> Result<String, String> {
-        self.succeeded(script, &self.root_within(script, limit)?)
-    }
-
     /// The same as the node's user.
     pub(crate) fn claw_must(&self, script: &str) -> Result<String, String> {
         self.succeeded(script, &self.claw(script)?)

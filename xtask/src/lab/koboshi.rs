@@ -9,11 +9,11 @@ use serde_json::Value;
 use std::time::{Duration, Instant};
 
 /// Installing takes the first snapshot of the whole program.
-const INSTALL_LIMIT: Duration = Duration::from_secs(240);
+const INSTALL_LIMIT: Duration = Duration::from_secs(600);
 /// Commands that only read or ask.
 const ASK_LIMIT: Duration = Duration::from_secs(60);
 /// The first snapshot becomes good once the node has served for the settling time below.
-const SETTLED_LIMIT: Duration = Duration::from_secs(180);
+const SETTLED_LIMIT: Duration = Duration::from_secs(400);
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(250);
 /// What the lab's scenarios set: settling takes 120 s in life, and here nothing else is measured by it.
@@ -166,7 +166,7 @@ impl Before {
     /// A serving node and what its user has.
     pub(crate) fn take(host: &Host) -> Result<Before, String> {
         Ok(Before {
-            hello: judge::serves_within(host, Duration::from_secs(90))?,
+            hello: judge::serves_within(host, Duration::from_secs(300))?,
             ledger: judge::Ledger::take(host)?,
         })
     }

@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// A gateway's start on a machine that is busy with other scenarios.
-const START: Duration = Duration::from_secs(120);
-/// A climb with one start.
-const CLIMB: Duration = Duration::from_secs(240);
+const START: Duration = Duration::from_secs(300);
+/// A climb ends within its 600 s.
+const CLIMB: Duration = Duration::from_secs(600);
 /// An incident is closed once the node was confirmed for some seconds.
-const CLOSE: Duration = Duration::from_secs(60);
+const CLOSE: Duration = Duration::from_secs(120);
 const ROOT: Koboshi = Koboshi(Home::Root);
 
 /// A serving node with koboshi as a service of root, settled.
@@ -87,15 +87,14 @@ fn changed(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) 
 }
 
 /// Where koboshi may write when it is installed as a service of root, and the directories these lie in.
-const OWN: [&str; 5] = [
+const OWN: [&str; 4] = [
     "/etc/koboshi",
     "/var/lib/koboshi",
     "/etc/systemd/system/koboshi.service",
     "/etc/systemd/system/multi-user.target.wants/koboshi.service",
-    "/root/.cache",
 ];
-const OWN_PARENTS: [&str; 5] =
-    ["/etc", "/var/lib", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants", "/root"];
+const OWN_PARENTS: [&str; 4] =
+    ["/etc", "/var/lib", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"];
 /// What a serving gateway and the host's own journal write by themselves all the time.
 const NODES_OWN: [&str; 5] = [
     "/home/claw/.openclaw/state/openclaw.sqlite",
@@ -150,13 +149,13 @@ pub(super) fn install(play: &mut Play) -> Result<(), String> {
         play.claim(out.ok(), "an alert reaches its receiver", || out.words());
         let alerts = play.sink()?.alerts();
         play.claim(!alerts.is_empty(), "and was received", || "nothing was".to_owned());
-        let out = ROOT.run(host, "uninstall --yes", START)?;
+        let out = ROOT.run(host, "uninstall --purge", START)?;
         play.claim(out.ok(), "it can be uninstalled", || out.words());
         let fourth = picture(host)?;
         let left = foreign(changed(&first, &fourth));
         play.claim(left.is_empty(), "uninstalling changes nothing of others either", || format!("{left:?}"));
-        let unit_gone = !host.path("/etc/systemd/system/koboshi.service").exists();
-        play.claim(unit_gone, "its unit is gone", || "it is there".to_owned());
+        let own: Vec<&str> = OWN.into_iter().filter(|p| fourth.contains_key(*p)).collect();
+        play.claim(own.is_empty(), "and leaves nothing of its own when told to purge", || format!("{own:?}"));
         let rest = host.must("pgrep -c koboshi; true")?;
         play.claim(rest == "0", "no process of koboshi's is left", || rest.clone());
         let now = host.identity(main_pid(host, Unit::User)?)?;

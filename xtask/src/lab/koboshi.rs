@@ -17,7 +17,7 @@ const SETTLED_LIMIT: Duration = Duration::from_secs(400);
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(250);
 /// What the lab's scenarios set: settling takes 120 s in life, and here nothing else is measured by it.
-const CONFIG: &str = "[backup]\nsettle_s = 8\nstate_every_least_s = 5\nstate_every_most_s = 10\n";
+const CONFIG: &str = "[backup]\nsettle_s = 8\nstate_every_least_s = 30\nstate_every_most_s = 60\n";
 
 /// Whose koboshi it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,6 +127,16 @@ impl Koboshi {
         let mut all = object["incidents"].as_array().cloned().ok_or_else(|| format!("no list: {object}"))?;
         all.sort_by_key(|i| i["id"].as_u64());
         Ok(all)
+    }
+
+    /// Flips a byte in the middle of every pack of root's store: none of its objects can be trusted any more.
+    pub(crate) fn corrupt_store(host: &Host) -> Result<(), String> {
+        let script = "cd /var/lib/koboshi/store && n=0 && for f in $(find . -type f -size +1k -path '*pack*'); do \
+            at=$(( $(stat -c %s $f) / 2 )); \
+            old=$(od -An -tu1 -j $at -N 1 $f); \
+            printf \"\\\\$(printf %03o $(( old ^ 255 )))\" | dd of=$f bs=1 seek=$at conv=notrunc status=none && n=$((n+1)); \
+            done; echo $n; test $n -gt 0";
+        host.must(script).map(drop)
     }
 
     /// The start ration as the agent counts it: waits until a start is free.

@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 /// Making the templates, and all scenarios one after the other, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(90 * 60);
 /// Scenarios side by side: a gateway's start takes a core, most of a scenario is waiting.
-const SIDE_BY_SIDE: usize = 4;
+const SIDE_BY_SIDE: usize = 3;
 /// How long a kept lab stays if nobody ends it.
 const KEPT_FOR: Duration = Duration::from_secs(12 * 3600);
 
@@ -308,7 +308,9 @@ impl Unit {
     /// The beginning of a command that root gives to its manager.
     pub(crate) fn systemctl(self) -> &'static str {
         match self {
-            Unit::User => "systemctl --user -M claw@",
+            Unit::User => {
+                "setpriv --reuid claw --regid claw --init-groups env XDG_RUNTIME_DIR=/run/user/1000 systemctl --user"
+            }
             Unit::System => "systemctl",
         }
     }
@@ -343,6 +345,17 @@ impl Play<'_> {
     pub(crate) fn node(&mut self, name: &str, unit: Unit) -> Result<Host, String> {
         let mut host = self.unbooted(name, unit.template())?;
         host.boot()?;
+        Ok(host)
+    }
+
+    /// Boots a node that is not a copy of the template's: its identity, token and database are its own.
+    pub(crate) fn donor(&mut self, name: &str) -> Result<Host, String> {
+        let mut host = self.unbooted(name, Template::User)?;
+        host.boot()?;
+        host.claw_must("systemctl --user stop openclaw-gateway.service && rm -rf .openclaw")?;
+        disk::onboard(&host)?;
+        host.token = judge::read_token(&host);
+        host.claw_must("systemctl --user start openclaw-gateway.service")?;
         Ok(host)
     }
 

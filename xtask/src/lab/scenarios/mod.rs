@@ -52,5 +52,6 @@ pub(crate) const ALL: &[Scenario] = &[
     ci("sudo-gates", "each broken state of sudo is real and answers as expected", parts::sudo_gates),
     ci("services", "registry and alert receiver fail in every way they can", parts::services),
     ci("network", "hosts reach each other by ssh, and every cut is one", parts::network),
+    full("donor", "a peer with a node and an identity of its own, reached by ssh", parts::donor),
     full("disks", "a full disk is full, a corrupt store is corrupt", parts::disks),
 ];

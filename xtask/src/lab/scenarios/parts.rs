@@ -1,16 +1,19 @@
 //! The lab's own parts, proven where koboshi has no part in it: what later scenarios rely on.
 
-use crate::lab::Play;
 use crate::lab::host::Host;
 use crate::lab::judge;
+use crate::lab::koboshi::{Home, Koboshi};
 use crate::lab::net::{Cut, address};
 use crate::lab::registry::{Mode, URL};
 use crate::lab::sink::Mood;
 use crate::lab::sudo::{self, Broken, Comes};
+use crate::lab::{Play, Unit};
 use std::time::Duration;
 
 /// A sudo that has not ended by then hangs.
 const SUDO_HANGS: Duration = Duration::from_secs(3);
+/// A gateway's start on a machine that is busy with other scenarios.
+const START: Duration = Duration::from_secs(300);
 /// The same for anything over the network.
 const NET_HANGS: Duration = Duration::from_secs(4);
 
@@ -151,12 +154,34 @@ pub(crate) fn befriend(from: &Host, to: &Host) -> Result<(), String> {
     Ok(())
 }
 
+/// A node and a donor.
+pub(super) fn donor(play: &mut Play) -> Result<(), String> {
+    let node = play.node("n1", Unit::User)?;
+    let donor = play.donor("n2")?;
+    befriend(&node, &donor)?;
+    for host in [&node, &donor] {
+        let hello = judge::serves_within(host, START);
+        play.expect(hello, &format!("{} serves", host.name));
+    }
+    let identity = |host: &Host| {
+        host.must("sqlite3 -readonly /home/claw/.openclaw/state/openclaw.sqlite 'SELECT device_id FROM device_identities'")
+    };
+    let (ours, theirs) = (identity(&node)?, identity(&donor)?);
+    play.claim(!ours.is_empty() && ours != theirs, "their identities differ", || format!("{ours} {theirs}"));
+    play.claim(node.token != donor.token, "their tokens differ", || "they do not".to_owned());
+    let file = "lib/node_modules/openclaw/package.json";
+    let same =
+        node.claw_must(&format!("ssh -o BatchMode=yes n2 cat .npm-global/{file} | cmp - .npm-global/{file}"));
+    play.expect(same, "the donor's program is ours, read over ssh");
+    Ok(())
+}
+
 /// A full disk and a corrupt store.
 pub(super) fn disks(play: &mut Play) -> Result<(), String> {
     let mut host = play.unbooted("n1", crate::lab::disk::Template::User)?;
     host.small_disk("/home/claw/.openclaw", 300)?;
     host.boot()?;
-    let hello = judge::serves_within(&host, Duration::from_secs(120));
+    let hello = judge::serves_within(&host, START);
     play.expect(hello, "a node whose state lies on a disk of its own serves");
     host.fill("/home/claw/.openclaw")?;
     let out = host.claw("echo more > .openclaw/workspace/more && sync .openclaw/workspace/more")?;
@@ -166,5 +191,13 @@ pub(super) fn disks(play: &mut Play) -> Result<(), String> {
     host.unfill("/home/claw/.openclaw")?;
     let out = host.claw("echo more > .openclaw/workspace/more")?;
     play.claim(out.ok(), "unfilled, it does", || out.words());
+    let koboshi = Koboshi(Home::Root);
+    koboshi.install(&host, false)?;
+    koboshi.settled(&host)?;
+    let out = koboshi.run(&host, "snapshot verify", START)?;
+    play.claim(out.ok(), "the store verifies", || out.words());
+    Koboshi::corrupt_store(&host)?;
+    let out = koboshi.run(&host, "snapshot verify", START)?;
+    play.claim(!out.ok() && !out.timed_out, "with a flipped byte in every pack it does not", || out.words());
     Ok(())
 }

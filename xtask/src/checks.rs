@@ -119,6 +119,11 @@ pub(crate) fn cli_is_documented(root: &Path, build: &[&str], binary: &str, tally
     built
 }
 
+/// The binary that real hosts and the real program are tested with.
+pub(crate) fn build_release(root: &Path, tally: &mut Tally) -> bool {
+    tally.one("build", || run(&mut cargo(root, &["build", "--release"]), Show::Yes, BUILD_LIMIT).ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

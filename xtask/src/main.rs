@@ -11,6 +11,7 @@ mod bench;
 mod checks;
 mod demo;
 mod field;
+mod lab;
 mod needs;
 mod proc;
 mod run;
@@ -25,6 +26,8 @@ cargo xtask check                  format, clippy, tidy, unit tests, 20,000 simu
 cargo xtask tidy                   only what needs no build: paths, leftovers, order of crates, module headers
 cargo xtask test [--full]          what CI runs: check, crash images, root-only tests, the demo on the real program
 cargo xtask field [NAME]...        only the field tests: agents, owner's will, strangers, beside one real node (root)
+cargo xtask lab [--list] [--keep] [--built] [SCENARIO]...
+                                   real hosts with systemd, sudo and sshd, the real program in them (root)
 cargo xtask bench agent [--minutes 30] [--memory-mb N]
                                    the agent at rest: memory, processor, I/O, start; in N MB with the page cache dropped
 cargo xtask bench recovery [--rounds 5] [--nodes 3] [--fault NAME]... [--json] [--from FILE]
@@ -57,6 +60,9 @@ fn main() -> ExitCode {
         // What the field tests bring along as somebody else's process.
         ["stranger"] => done(field::stranger(None)),
         ["stranger", port] => done(port.parse().is_ok_and(|port| field::stranger(Some(port)))),
+        ["lab", words @ ..] => lab::alone(&root(), words),
+        // The same program inside the lab's cage.
+        ["lab-inside", words @ ..] => lab::inside(words),
         ["bench", "agent", rest @ ..] => match rest_options(rest) {
             Some(options) => bench::agent(&root(), &options),
             None => usage(2),
@@ -155,9 +161,11 @@ fn test(full: bool) -> ExitCode {
     if built {
         demo::run_rounds(&root, if full { 5 } else { 1 }, &mut tally);
         field::run(&root, if full { &[] } else { field::IN_CI }, &mut tally);
+        lab::run(&root, if full { lab::Set::Full } else { lab::Set::Ci }, &mut tally);
     } else {
         tally.skip("demo", "there is no release binary to run it with");
         tally.skip("field", "there is no release binary to run it with");
+        tally.skip("lab", "there is no release binary to run it with");
     }
     tally.close()
 }

@@ -19,9 +19,16 @@ const PROGRAMS: [Program; 2] = [
     ("git", "git", "the tidy checks read what is in the repository"),
 ];
 /// What the tests that only root can run need besides.
-const ROOT_PROGRAMS: [Program; 2] = [
+const ROOT_PROGRAMS: [Program; 9] = [
     ("mount", "mount", "root-only tests mount an overlay"),
     ("unshare", "util-linux", "root-only tests use namespaces of their own"),
+    ("mmdebstrap", "mmdebstrap", "the lab's hosts are made of Debian's packages"),
+    ("eatmydata", "eatmydata", "making them need not survive a power cut"),
+    ("systemd-nspawn", "systemd-container", "the lab boots them"),
+    ("mkfs.btrfs", "btrfs-progs", "their file systems are snapshots"),
+    ("ip", "iproute2", "the lab's hosts have a switch of their own"),
+    ("nft", "nftables", "the lab cuts their network"),
+    ("ssh-keygen", "openssh-client", "each host has keys of its own"),
 ];
 
 /// Makes sure of what the tests need. A thing that cannot be had counts as a failure.

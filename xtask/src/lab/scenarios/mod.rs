@@ -1,0 +1,57 @@
+//! The scenarios, those that take longest first. Each has one line that says what it proves; `docs/lab.md` says more.
+
+mod parts;
+mod systemd;
+
+use super::Play;
+
+/// One scenario.
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    pub(crate) proves: &'static str,
+    /// Played in every test run, not only in the full one.
+    pub(crate) ci: bool,
+    pub(crate) play: fn(&mut Play) -> Result<(), String>,
+}
+
+const fn ci(name: &'static str, proves: &'static str, play: fn(&mut Play) -> Result<(), String>) -> Scenario {
+    Scenario { name, proves, ci: true, play }
+}
+
+const fn full(
+    name: &'static str,
+    proves: &'static str,
+    play: fn(&mut Play) -> Result<(), String>,
+) -> Scenario {
+    Scenario { name, proves, ci: false, play }
+}
+
+/// All of them.
+pub(crate) const ALL: &[Scenario] = &[
+    full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
+    full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),
+    ci(
+        "user-install",
+        "installing and uninstalling change no byte of a serving node, and no process",
+        systemd::install,
+    ),
+    ci(
+        "user-kill",
+        "killed and stopped gateways of a user unit stand up, one starter only; an agent may die",
+        systemd::kill,
+    ),
+    ci("user-program", "a deleted program tree is restored", systemd::program),
+    full("user-stop", "a gateway stopped by koboshi stays stopped, over a reboot too", systemd::stop),
+    ci("system-unit", "the same of a root-owned program run by a system unit", systemd::system),
+    ci(
+        "user-agent",
+        "koboshi as an unprivileged user service rights the node of its user",
+        systemd::user_agent,
+    ),
+    full("lower-layer", "a program tree on an overlay's lower layer is restored too", systemd::lower_layer),
+    ci("sudo-gates", "each broken state of sudo is real and answers as expected", parts::sudo_gates),
+    ci("services", "registry and alert receiver fail in every way they can", parts::services),
+    ci("network", "hosts reach each other by ssh, and every cut is one", parts::network),
+    full("donor", "a peer with a node and an identity of its own, reached by ssh", parts::donor),
+    full("disks", "a full disk is full, a corrupt store is corrupt", parts::disks),
+];

@@ -530,7 +530,10 @@ fn local_files_are_written_bounded_and_never_through_a_planted_link() {
     let home = dir.path().canonicalize().unwrap();
     let state = home.join("state");
     std::fs::create_dir(&state).unwrap();
-    let channels = local_channels(&state, Some(&home));
+    let channels = local_channels(&state, Some(&home), false)
+        .into_iter()
+        .filter(|c| matches!(c, Channel::File(_)))
+        .collect::<Vec<_>>();
     let mut outbox = Outbox::open(&home.join("outbox")).unwrap();
     queue(&mut outbox, Kind::Opening, "i1");
     let d = deliver_with(&mut outbox, &channels, None, clock::now(), Deadline::after(Duration::from_secs(5)));
@@ -608,10 +611,11 @@ fn a_test_message_proves_a_channel_or_says_why_not() {
     let channel = webhook("hook", &server);
     let outbox = Outbox::open(dir.path()).unwrap();
     let facts = Facts { node: "main".into(), host: "attic".into(), at: "t0".into(), ..Facts::default() };
-    let why = test(&outbox, &channel, &facts, Deadline::after(Duration::from_secs(5))).unwrap_err();
+    let why = test(&outbox, &channel, &facts, Language::English, Deadline::after(Duration::from_secs(5)))
+        .unwrap_err();
     assert!(why.contains("403"), "{why}");
     assert_eq!(outbox.proven(&channel), None);
     server.turn(Manner::Answer("200 OK", ""));
-    test(&outbox, &channel, &facts, Deadline::after(Duration::from_secs(5))).unwrap();
+    test(&outbox, &channel, &facts, Language::English, Deadline::after(Duration::from_secs(5))).unwrap();
     assert_eq!(outbox.proven(&channel).as_deref(), Some("t0"));
 }

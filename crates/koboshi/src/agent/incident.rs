@@ -339,6 +339,10 @@ impl Agent {
 
     /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
     pub(super) fn write(&mut self, record: Record) -> bool {
+        // Before anything is begun, by us or by anybody of whom we know: the gateway's port is free.
+        if super::responder::gives_way_to(&record.event) {
+            self.end_responder();
+        }
         let line = engine::summary::line(&record.event);
         let before = self.book.state().closed.as_ref().map(|c| c.id);
         match self.book.write(record) {
@@ -454,7 +458,9 @@ impl Agent {
                 | Answer::Taken { .. }
                 | Answer::Settled { .. }
                 | Answer::Tidied { .. }
-                | Answer::Delivered { .. },
+                | Answer::Delivered { .. }
+                | Answer::Remembered { .. }
+                | Answer::Beaten { .. },
             )
             | None => None,
         }
@@ -543,7 +549,7 @@ impl Agent {
             facts.down_ms = closed.took_ms as f64;
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
-                facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
+                facts.replaced = Some(quarantine.display().to_string());
             }
         }
         let kind = match key.kind {
@@ -558,7 +564,7 @@ impl Agent {
                 }
             },
         };
-        alert::Message::new(kind, &facts, alert::Language::default())
+        alert::Message::new(kind, &facts, self.language)
     }
 
     /// Channels took these messages.

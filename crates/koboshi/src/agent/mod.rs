@@ -8,6 +8,7 @@ pub mod book;
 mod daily;
 pub(crate) mod incident;
 mod prober;
+mod responder;
 pub mod runner;
 pub mod status;
 pub mod will;
@@ -16,6 +17,7 @@ use crate::agent::book::Book;
 use crate::agent::daily::Daily;
 use crate::agent::incident::Doing;
 use crate::agent::prober::Prober;
+use crate::agent::responder::Responder;
 use crate::agent::runner::{Runner, Running};
 use crate::agent::status::Status;
 use crate::agent::will::Will;
@@ -24,6 +26,7 @@ use crate::control::{self, Order, Reply};
 use crate::patient::{self, Service};
 use crate::places::Places;
 use crate::print::{Exit, Printer};
+use crate::voice;
 use engine::{Event, IncidentKind, Moment, Record, Verdict};
 use host::clock::{self, Deadline};
 use host::container::Strength;
@@ -121,6 +124,8 @@ pub struct Agent {
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
+    responder: Responder,
+    language: alert::Language,
 }
 
 /// Runs the agent until it is told to end.
@@ -200,6 +205,8 @@ impl Agent {
             nudges: 0,
             blind: 0,
             ending: false,
+            responder: Responder::default(),
+            language: voice::language(&config),
             config,
             places,
             printer,
@@ -235,7 +242,7 @@ impl Agent {
         }
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
-            if name.starts_with("job-") {
+            if name.starts_with("job-") || name == responder::CONTAINER {
                 let _ = self.runner.containers.kill(&name, Deadline::after(runner::KILL_LIMIT));
             }
         }
@@ -312,6 +319,7 @@ impl Agent {
             self.drive();
             self.due_looks();
             self.due_jobs();
+            self.tend_responder();
             self.publish();
             self.tell_manager();
             if self.ending {
@@ -350,9 +358,11 @@ impl Agent {
         at(self.exam_due.map(again));
         at(self.daily.due().map(again));
         at(self.unit_stopped.map(|_| now.plus_ms(UNIT_AGAIN_MS)));
+        at(self.responder.again(now));
         let gateway = self.gateway.as_ref().map(AsFd::as_fd);
         let step = self.step.as_ref().map(|s| s.step.pidfd());
-        let job = self.daily.fds();
+        let mut job = self.daily.fds();
+        job.extend(self.responder.fd());
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
         fds.extend(gateway);
@@ -388,6 +398,7 @@ impl Agent {
             let _ = step.kill();
         }
         self.daily.end();
+        self.end_responder();
         if std::process::id() == 1 {
             self.say("the container is being stopped: the gateway may drain");
             match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT))
@@ -904,7 +915,7 @@ impl Agent {
             incident: state.incident.as_ref().map(|incident| status::Open {
                 id: incident.id,
                 cause: incident.cause.clone(),
-                doing: self.doing.words(),
+                doing: self.holding_words(now).unwrap_or_else(|| self.doing.words()),
                 layer: state.climb().and_then(|c| c.turn.as_ref()).map(|t| t.layer),
                 emergency: state.in_emergency(),
             }),

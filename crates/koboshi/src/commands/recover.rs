@@ -612,7 +612,9 @@ fn report(desk: &Desk, layer: Layer, answer: Answer) -> Result<()> {
         | Answer::Taken { .. }
         | Answer::Settled { .. }
         | Answer::Tidied { .. }
-        | Answer::Delivered { .. } => Ok(()),
+        | Answer::Delivered { .. }
+        | Answer::Remembered { .. }
+        | Answer::Beaten { .. } => Ok(()),
     }
 }
 

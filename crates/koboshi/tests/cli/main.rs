@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, unreachable_pub, reason = "all of this is a test")]
 
 mod all;
+mod emergency;
 mod fake;
 mod gateway;
 mod install;

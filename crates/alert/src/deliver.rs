@@ -253,3 +253,7 @@ fn next_ms(entry: &Entry, channels: &[Channel], outbox: &Outbox, now: Moment) ->
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "tests_tls.rs"]
+mod tests_tls;

@@ -150,12 +150,15 @@ fn discord(http: &Client, c: &Discord, m: &Message, deadline: Deadline) -> Sent 
         (None, None) => return Sent::Refused { why: "neither url nor token is set".to_owned() },
     };
     match post(http, &url, auth, &m.key, &body, deadline) {
-        Ok(answer) => {
-            let asked = answer.json["retry_after"].as_f64().and_then(|s| Duration::try_from_secs_f64(s).ok());
-            put_off_at_least(answer.judged(), asked)
-        }
+        Ok(answer) => discord_says(&answer),
         Err(sent) => sent,
     }
+}
+
+/// Discord names its wait in the body, in fractions of a second.
+fn discord_says(answer: &Answer) -> Sent {
+    let asked = answer.json["retry_after"].as_f64().and_then(|s| Duration::try_from_secs_f64(s).ok());
+    put_off_at_least(answer.judged(), asked)
 }
 
 /// Where the bot writes: its configured channel, or the one between it and a user, which has to be asked for.
@@ -176,7 +179,7 @@ fn discord_channel(
     let url = format!("{}/users/@me/channels", root(&c.api_root));
     let body = json!({ "recipient_id": user });
     let answer = post(http, &url, Some(Auth::Bot(token)), &m.key, &body, deadline)?;
-    match answer.judged() {
+    match discord_says(&answer) {
         Sent::Accepted => match answer.json["id"].as_str() {
             Some(id) if !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit()) => Ok(id.to_owned()),
             Some(_) | None => Err(not_its_words()),

@@ -458,7 +458,8 @@ mod tests {
     #[test]
     fn without_its_agent_it_does_not_begin() {
         let bench = Bench::new();
-        let stranger = Respond { parent: 1, ..bench.respond() };
+        // Nobody is their own parent.
+        let stranger = Respond { parent: std::process::id(), ..bench.respond() };
         assert_eq!(run(&stranger).unwrap(), End::Orphaned);
     }
 

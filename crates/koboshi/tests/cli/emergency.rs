@@ -45,6 +45,12 @@ impl Receiver {
         Receiver { port, seen }
     }
 
+    /// As a webhook of the configuration. No test leaves the machine's own terminals as the only ones to be told.
+    fn hook(&self, name: &str) -> String {
+        let port = self.port;
+        format!("[[alert]]\nkind = \"webhook\"\nname = \"{name}\"\nurl = \"http://127.0.0.1:{port}/\"\n")
+    }
+
     /// The keys of the messages, in the order of their coming.
     fn keys(&self) -> Vec<String> {
         let seen = self.seen.lock().unwrap();
@@ -122,10 +128,7 @@ fn mend_runtime(fake: &Fake, text: &str) {
 fn an_emergency_is_told_once_answered_on_the_port_and_left_when_the_node_is_mended() {
     let fake = Fake::new();
     let (good, hanging) = (Receiver::new(true), Receiver::new(false));
-    let hook = |name: &str, r: &Receiver| {
-        format!("[[alert]]\nkind = \"webhook\"\nname = \"{name}\"\nurl = \"http://127.0.0.1:{}/\"\n", r.port)
-    };
-    fake.configure(&(hook("hanging", &hanging) + &hook("good", &good)));
+    fake.configure(&(hanging.hook("hanging") + &good.hook("good")));
     fake.start_gateway();
     let agent = Agent::start(&fake);
     let runtime = break_runtime(&fake);
@@ -175,6 +178,7 @@ fn an_emergency_is_told_once_answered_on_the_port_and_left_when_the_node_is_mend
 #[test]
 fn a_climb_takes_the_port_back_and_its_gateway_binds() {
     let fake = Fake::new();
+    fake.configure(&Receiver::new(true).hook("hook"));
     fake.start_gateway();
     let _agent = Agent::start(&fake);
     let runtime = break_runtime(&fake);
@@ -200,6 +204,7 @@ fn a_climb_takes_the_port_back_and_its_gateway_binds() {
 #[test]
 fn a_stranger_keeps_the_port() {
     let fake = Fake::new();
+    fake.configure(&Receiver::new(true).hook("hook"));
     fake.start_gateway();
     let _agent = Agent::start(&fake);
     let _runtime = break_runtime(&fake);
@@ -264,7 +269,9 @@ fn the_nodes_own_account_is_kept_sealed_and_tells_when_nothing_else_does() {
 fn the_heartbeat_is_sent_while_the_node_serves_and_only_then() {
     let fake = Fake::new();
     let switch = Receiver::new(true);
-    fake.configure(&format!("[heartbeat]\nurl = \"http://127.0.0.1:{}/hush\"\nevery_s = 10\n", switch.port));
+    let url = format!("http://127.0.0.1:{}/hush", switch.port);
+    let beat = format!("[heartbeat]\nurl = \"{url}\"\nevery_s = 10\n");
+    fake.configure(&(beat + &Receiver::new(true).hook("hook")));
     fake.start_gateway();
     let agent = Agent::start(&fake);
     wait_for(&fake, "a beat", || !switch.requests().is_empty());
@@ -284,10 +291,7 @@ fn the_heartbeat_is_sent_while_the_node_serves_and_only_then() {
 fn the_language_of_the_configuration_is_that_of_the_messages() {
     let fake = Fake::new();
     let receiver = Receiver::new(true);
-    fake.configure(&format!(
-        "[[alert]]\nkind = \"webhook\"\nurl = \"http://127.0.0.1:{}/\"\n",
-        receiver.port
-    ));
+    fake.configure(&receiver.hook("hook"));
     let file = std::fs::read_to_string(fake.config()).unwrap();
     std::fs::write(fake.config(), format!("language = \"ja\"\n{file}")).unwrap();
     fake.koboshi(&["alert", "test"]).code(0);

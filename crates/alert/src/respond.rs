@@ -27,6 +27,8 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 const CONNECTIONS_LIMIT: usize = 16;
 /// With nothing to do it still looks around this often.
 const IDLE: Duration = Duration::from_secs(60);
+/// What koboshi itself makes beside a program is named so.
+const OWN_PREFIX: &str = ".koboshi-";
 /// Bytes of inotify reports read at once; one report already ends it.
 const REPORTS_BYTES: usize = 4 << 10;
 
@@ -175,6 +177,10 @@ impl Signs {
                 continue;
             }
             let name = report.file_name().map(|n| n.to_string_lossy().into_owned());
+            // Our own: a doctor that tries whether directories can be exchanged, a spare that is made.
+            if name.as_ref().is_some_and(|n| n.starts_with(OWN_PREFIX)) {
+                continue;
+            }
             return Some(name.unwrap_or_else(|| "a watched file".to_owned()));
         }
         None
@@ -430,6 +436,8 @@ mod tests {
             unread.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
             // Somebody who lists a directory starts nothing.
             assert_eq!(std::fs::read_dir(bench.path("dist")).unwrap().count(), 1);
+            // Nor does koboshi's own doctor.
+            std::fs::create_dir(bench.path("modules/.koboshi-probe-1")).unwrap();
             assert!(end.recv_timeout(Duration::from_millis(100)).is_err(), "{name}: ended for nothing");
             let began = host::clock::now();
             sign(&bench);

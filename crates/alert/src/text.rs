@@ -210,6 +210,8 @@ pub struct Facts {
     pub layer: Option<Layer>,
     /// Milliseconds without service, for a closing message; 0 when it never stopped serving.
     pub down_ms: f64,
+    /// The node serves and has never stopped: an opening then tells of damage, a closing of its repair.
+    pub serves: bool,
     /// Where what the recovery replaced lies now; `None` when it replaced nothing.
     pub replaced: Option<String>,
     /// What to do, where the table's own advice is not enough (one line, usually a command).
@@ -242,7 +244,7 @@ impl Message {
     /// Renders the event in a language. Every length is bounded here, once.
     #[must_use]
     pub fn new(kind: Kind, facts: &Facts, language: Language) -> Message {
-        let words = words(kind).of(language);
+        let words = words(kind, facts.serves).of(language);
         let mut lines = Vec::new();
         if kind == Kind::Closing {
             lines.push(healed(language, facts.layer, facts.down_ms));
@@ -332,9 +334,25 @@ impl Row {
 const WHY_EN: &str = "Why: {why}";
 const WHY_JA: &str = "理由: {why}";
 
-/// The table.
-fn words(kind: Kind) -> Row {
+/// The table. `serves`: see [`Facts::serves`].
+fn words(kind: Kind, serves: bool) -> Row {
     match kind {
+        Kind::Opening if serves => Row {
+            en: Words {
+                what: "{node} on {host} is damaged and still serves",
+                why: WHY_EN,
+                then: &["koboshi is putting it right while it serves. You need not do anything."],
+            },
+            ja: Words {
+                what: "{host} の {node} に破損がありますが、稼働は続いています",
+                why: WHY_JA,
+                then: &["koboshi が稼働させたまま修復しています。操作は必要ありません。"],
+            },
+        },
+        Kind::Closing if serves => Row {
+            en: Words { what: "{node} on {host} is whole again", why: WHY_EN, then: &[] },
+            ja: Words { what: "{host} の {node} の破損を修復しました", why: WHY_JA, then: &[] },
+        },
         Kind::Opening => Row {
             en: Words {
                 what: "{node} on {host} is down",
@@ -750,8 +768,8 @@ mod tests {
 
     #[test]
     fn both_tables_are_complete_and_say_the_same() {
-        for kind in EVERY {
-            let Row { en, ja } = words(kind);
+        for (kind, serves) in EVERY.into_iter().flat_map(|k| [(k, false), (k, true)]) {
+            let Row { en, ja } = words(kind, serves);
             for (e, j) in [(en.what, ja.what), (en.why, ja.why)] {
                 assert!(!e.is_empty() && !j.is_empty(), "{kind:?}");
                 assert_eq!(fixed(e), fixed(j), "{kind:?}: {e} / {j}");

@@ -541,12 +541,14 @@ impl Agent {
         let mut facts = self.facts(format!("incident-{}", key.incident));
         if let Some(incident) = state.incident.as_ref().filter(|i| i.id == key.incident) {
             facts.why.clone_from(&incident.cause);
+            facts.serves = incident.kind == IncidentKind::Latent;
             facts.details = incident.findings.iter().map(|f| f.what.clone()).collect();
         }
         if let Some(closed) = state.closed.as_ref().filter(|c| c.id == key.incident) {
             facts.why.clone_from(&closed.why);
             facts.layer = closed.layer;
-            facts.down_ms = closed.took_ms as f64;
+            facts.serves = closed.layer == Some(Layer::InPlace);
+            facts.down_ms = if facts.serves { 0.0 } else { closed.took_ms as f64 };
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
                 facts.replaced = Some(quarantine.display().to_string());

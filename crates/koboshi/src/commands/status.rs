@@ -52,14 +52,11 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
 
     let told = Standing::of(&desk.config, &desk.places);
     told.warn(desk.printer, &desk.places);
+    open_line(desk, status.as_ref());
     head(desk, &node, &verdict, fresh.as_ref());
     agent_lines(desk, agent, status.as_ref());
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
-    }
-    if let Some(open) = status.as_ref().and_then(|s| s.incident.as_ref()) {
-        let word = if open.emergency { "EMERGENCY" } else { "incident " };
-        desk.printer.line(format!("{word}  {}: {}; {}", open.id, open.cause, open.doing));
     }
     desk.printer.line("layers");
     readiness::print(desk, &layers);
@@ -83,6 +80,18 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("incidents", recent.iter().map(|o| incidents::json(o, false)).collect::<Vec<_>>());
     desk.printer.object(object.done());
     Ok(if emergency { Exit::Emergency } else { check::exit(&verdict) })
+}
+
+/// An open incident stands before everything else about the node.
+fn open_line(desk: &Desk, status: Option<&Status>) {
+    let p = desk.printer;
+    let Some(open) = status.and_then(|s| s.incident.as_ref()) else { return };
+    let word = if open.emergency { p.red("EMERGENCY") } else { p.yellow("incident ") };
+    p.line(format!("{word}  {}: {}", open.id, open.cause));
+    p.line(format!("           {}", open.doing));
+    if open.emergency {
+        p.line(format!("           why each layer failed: koboshi incidents show {}", open.id));
+    }
 }
 
 fn head(desk: &Desk, node: &Node, verdict: &Verdict, status: Option<&Status>) {

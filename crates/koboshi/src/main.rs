@@ -13,6 +13,7 @@ mod print;
 mod space;
 mod spare;
 mod step;
+mod voice;
 
 use clap::Parser;
 use host::{Error, Kind, Result};
@@ -60,6 +61,7 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
     match &cli.command {
         cli::Command::Demo(options) => demo::run(options, printer),
         cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
+        cli::Command::Respond(options) => voice::respond(options, printer),
         cli::Command::Guard(options) => {
             let (config, places) = commands::open(cli)?;
             agent::run(config, places, options, printer)

@@ -97,6 +97,9 @@ impl Switch {
     /// Takes every cut of a host away.
     pub(crate) fn mend(&self, host: &str, netns: &str) -> Result<(), String> {
         self.ip(&self.name, &["link", "set", &cable(host), "up"])?;
+        // Who could not be reached is remembered on both sides for seconds.
+        self.ip(&self.name, &["neigh", "flush", "dev", "br0"])?;
+        self.ip(netns, &["neigh", "flush", "dev", "eth0"])?;
         self.nft(netns, "add table inet lab\ndelete table inet lab\n")
     }
 

@@ -85,17 +85,19 @@ impl Recording {
             let had = recording.files.len();
             return Err(format!("{} holds {had} packages: that is no recorded install", content.display()));
         }
-        recording.openclaw = recording
-            .files
-            .keys()
-            .filter_map(|p| p.strip_prefix("/openclaw/-/openclaw-")?.strip_suffix(".tgz"))
-            .max_by_key(|v| version_key(v))
-            .ok_or("the recorded install holds no OpenClaw")?
-            .to_owned();
+        recording.openclaw = recording.version("openclaw")?;
         for name in [node_package(), "npm"] {
             recording.add_tarball(&kept_tarball(cache, name)?, name, scratch)?;
         }
         Ok(recording)
+    }
+
+    /// The newest version of a package whose tarball is here.
+    pub(crate) fn version(&self, name: &str) -> Result<String, String> {
+        let start = format!("/{name}/-/{name}-");
+        let versions = self.files.keys().filter_map(|p| p.strip_prefix(&start)?.strip_suffix(".tgz"));
+        let newest = versions.max_by_key(|v| version_key(v));
+        newest.map(str::to_owned).ok_or_else(|| format!("the recorded install holds no {name}"))
     }
 
     /// A package that koboshi fetched by itself: its document is made from its own description.

@@ -94,8 +94,8 @@ pub(crate) fn alone(root: &Path, words: &[&str]) -> ExitCode {
 
 fn play(root: &Path, names: &[&str], keep: bool, tally: &mut Tally) {
     tally.part("lab: real hosts", |tally| {
-        if let Err(why) = Recording::read(&demo::cache(root), &std::env::temp_dir()) {
-            println!("{why}: Node and OpenClaw are fetched once, by the demo");
+        if !Recording::is_there(&demo::cache(root)) {
+            println!("Node and OpenClaw are fetched once, by the demo");
             let ran = demo::start(root, &["--no-faults"], 0);
             if !ran.ok() {
                 println!("FAILED: the demo could not fetch them: {}", ran.stdout.trim());

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// `ip` and `nft` take milliseconds.
-const TOOL_LIMIT: Duration = Duration::from_secs(20);
+const TOOL_LIMIT: Duration = Duration::from_secs(60);
 /// Where the lab's services listen.
 pub(crate) const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The largest number of hosts of one site.

@@ -10,6 +10,7 @@ mod demo;
 mod patient;
 mod places;
 mod print;
+mod reinstall;
 mod space;
 mod spare;
 mod step;

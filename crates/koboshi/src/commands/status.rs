@@ -46,7 +46,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let emergency = state.in_emergency();
     let kept = kept(desk);
     let disk = readiness::look(desk, &node);
-    let layers = readiness::layers(&node, &disk);
+    let layers = readiness::layers(desk, &node, &disk);
     let recent = incidents::newest(desk, INCIDENTS)?;
 
     head(desk, &node, &verdict, fresh.as_ref());

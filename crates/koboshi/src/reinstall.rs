@@ -29,6 +29,9 @@ fn is_full(version: &str) -> bool {
     sane && core.split('.').count() == 3 && core.split('.').all(|n| n.parse::<u32>().is_ok())
 }
 
+/// What sudo said when it was last asked, if it was.
+pub type Asked<'a> = Option<&'a Result<(), String>>;
+
 /// What the gates look at.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen<'a> {
@@ -44,8 +47,14 @@ pub struct Seen<'a> {
 ///
 /// # Errors
 /// The reason, to be recorded.
-pub fn system(node: &Node, places: &Places, seen: Seen<'_>) -> Result<(), String> {
+pub fn system(node: &Node, places: &Places, seen: Seen<'_>, sudo: Asked<'_>) -> Result<(), String> {
     common(node, seen)?;
+    if crate::sudo::needed(node, places) {
+        return match sudo {
+            Some(answer) => answer.clone(),
+            None => Err("the prefix is not ours, and sudo has not been asked yet".to_owned()),
+        };
+    }
     Place::of(node, &order(places, "", Layer::SystemInstall)).map(|_| ()).map_err(|e| e.why)
 }
 

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
 use crate::spare;
+use crate::sudo;
 use alert::Outbox;
 use engine::{Class, Finding};
 use host::clock::Deadline;
@@ -92,6 +93,8 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+    /// Asks sudo whether it would let us.
+    AskSudo,
     /// What layer 2 or 3 put in place was not accepted: back to what was there before.
     TakeBack,
     /// Layer in-place.
@@ -117,6 +120,7 @@ impl Work {
             | Work::TrialOver { .. }
             | Work::Restart { .. }
             | Work::Restore { .. }
+            | Work::AskSudo
             | Work::TakeBack
             | Work::InPlace { .. } => false,
         }
@@ -275,6 +279,9 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
         Work::SystemInstall { version, hung, incident } => {
             let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
             with_bench(request, &config, &places, *incident, deadline, |bench| {
+                if sudo::needed(bench.node, &places) {
+                    return sudo::through(bench, &places, version);
+                }
                 layers::system_install::work(bench, &order, *hung)
             })
         }
@@ -284,6 +291,10 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 layers::user_install::work(bench, &order, *hung)
             })
         }
+        Work::AskSudo => match sudo::ask(node, deadline) {
+            Ok(()) => Ok(Answer::Done(Report::default())),
+            Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
+        },
         Work::TakeBack => with_bench(request, &config, &places, 0, deadline, |bench| {
             let mut report = Report::default();
             layers::install::take_back(&places.state_dir, bench.manager, bench.deadline, &mut report)?;

@@ -15,5 +15,7 @@ use host::Result;
 /// The reason why nothing was put in place.
 pub fn work(bench: &mut Bench<'_>, order: &Order, hung: bool) -> Result<Report> {
     let target = Moved::load(&order.state_dir)?.map_or_else(|| bench.node.clone(), |moved| moved.home);
-    install::work(bench, &target, order, hung)
+    let report = install::work(bench, &target, order, hung)?;
+    crate::user_install::forget_command(&target)?;
+    Ok(report)
 }

@@ -6,6 +6,7 @@ use crate::config::Mode;
 use crate::patient::{self, Service};
 use crate::reinstall::{self, Seen};
 use crate::step::{Answer, Work};
+use crate::sudo;
 use engine::{
     Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,
     Layer, Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
@@ -436,6 +437,9 @@ impl Agent {
         }
         let begins = matches!(&record.event, Event::ClimbBegan { .. });
         let written = self.write(record);
+        if begins && written {
+            self.ask_sudo();
+        }
         // A climb that begins later than its incident, perhaps under a new agent, chooses by what the disk says now.
         if begins && written && self.fresh_exam().is_none() {
             let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
@@ -562,7 +566,7 @@ impl Agent {
         self.looks_from = clock::now();
         self.next_look = self.looks_from;
         self.write(Record::new(clock::now(), event));
-        if layer == Layer::Restore {
+        if matches!(layer, Layer::Restore | Layer::SystemInstall | Layer::UserInstall) {
             // The repair is over, and with it its hold; the start comes next.
             self.release();
         }
@@ -666,6 +670,20 @@ impl Agent {
         reinstall::version(&self.node, Some(self.judge.baseline()), snapshot)
     }
 
+    /// Whether sudo would have root install, asked once for each climb, in a container: it may hang.
+    fn ask_sudo(&mut self) {
+        if !sudo::needed(&self.node, &self.places) {
+            return;
+        }
+        // Its own patience ends first.
+        let limit = sudo::ASK_LIMIT + Duration::from_secs(1);
+        self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
+            Ok(Answer::Failed { why, .. }) => Err(why),
+            Ok(_) => Ok(()),
+            Err(e) => Err(e.why),
+        });
+    }
+
     /// The node may run from elsewhere now, or from home again.
     fn follow_move(&mut self) {
         let now = match Moved::load(&self.places.state_dir) {
@@ -745,6 +763,15 @@ impl Agent {
                 false => to_first_good.map_or(closed.took_ms, |ms| ms.min(closed.took_ms)) as f64,
             };
             facts.details = came_back(self.book.told());
+            if let Ok(Some(moved)) = Moved::load(&self.places.state_dir)
+                && moved.displaced()
+            {
+                facts.details.push(format!(
+                    "it is displaced: it runs from {} until its home {} can be mended",
+                    moved.away.prefix.display(),
+                    moved.home.prefix.display()
+                ));
+            }
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
                 facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
@@ -909,7 +936,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     let system = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
         (Some(finding), _) => Err(finding.what.clone()),
         (None, None) => Err("the disk could not be looked at".to_owned()),
-        (None, Some(_)) => reinstall::system(&agent.node, &agent.places, seen),
+        (None, Some(_)) => reinstall::system(&agent.node, &agent.places, seen, agent.sudo.as_ref()),
     };
     let user = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
         (Some(finding), _) => Err(finding.what.clone()),
@@ -919,7 +946,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     let install_inputs = |layer: Layer| {
         let mut hash = DefaultHasher::new();
         // A person who asks for a recovery may have mended what nobody here can see: the line, the registry.
-        (inputs(layer), &version, agent.nudges).hash(&mut hash);
+        (inputs(layer), &version, agent.nudges, &agent.sudo).hash(&mut hash);
         hash.finish()
     };
     let later =

@@ -224,6 +224,14 @@ pub fn remember_service(node: &Node, state_dir: &Path) -> Result<()> {
     host::files::write_atomic(&state_dir.join(SERVICE), &text, 0o600)
 }
 
+/// Notes that a proven program lies in place, where somebody else put it there: what lies there now is what it is.
+///
+/// # Errors
+/// When it cannot be read or written down.
+pub fn note_installed(node: &Node, version: &str, state_dir: &Path) -> Result<()> {
+    Proof::of(&node.package_dir, version)?.save(state_dir)
+}
+
 /// `<prefix>/bin/openclaw`, as npm makes it.
 fn link(target: &Node) -> Result<()> {
     use host::Context;

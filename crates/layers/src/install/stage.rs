@@ -363,4 +363,158 @@ mod tests {
         assert_eq!(cli.metadata().unwrap().permissions().mode() & 0o777, 0o755);
         assert!(!dir.path().join("node_modules/x").exists());
     }
+
+    // ---- against a registry on the loopback ----
+
+    use super::super::lock;
+    use crate::install::{Order, Place};
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use host::registry::Integrity;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    fn tgz(files: &[(&str, &str)]) -> Vec<u8> {
+        let mut tar = Vec::new();
+        for (name, text) in files {
+            let mut head = [0_u8; 512];
+            let path = format!("package/{name}");
+            head[..path.len()].copy_from_slice(path.as_bytes());
+            head[100..108].copy_from_slice(b"0000644\0");
+            head[124..136].copy_from_slice(format!("{:011o}\0", text.len()).as_bytes());
+            head[148..156].copy_from_slice(b"        ");
+            head[156] = b'0';
+            head[257..265].copy_from_slice(b"ustar\x0000");
+            let sum: u32 = head.iter().map(|b| u32::from(*b)).sum();
+            head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            tar.extend_from_slice(&head);
+            tar.extend_from_slice(text.as_bytes());
+            tar.resize(tar.len().next_multiple_of(512), 0);
+        }
+        tar.extend_from_slice(&[0; 1024]);
+        let mut gz = GzEncoder::new(Vec::new(), Compression::fast());
+        gz.write_all(&tar).unwrap();
+        gz.finish().unwrap()
+    }
+
+    /// What the registry on the loopback does with the dependency.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Mood {
+        Honest,
+        /// Other bytes than it promised.
+        Liar,
+        /// Another version inside than outside.
+        Mislabels,
+        /// Accepts and never answers.
+        Silent,
+    }
+
+    fn dependency(mood: Mood) -> Vec<u8> {
+        let version = if mood == Mood::Mislabels { "1.0.1" } else { "1.0.0" };
+        tgz(&[
+            ("package.json", &format!(r#"{{"name":"dep","version":"{version}","bin":"cli.js"}}"#)),
+            ("cli.js", "#!/usr/bin/env node\n"),
+        ])
+    }
+
+    fn serve(mut stream: TcpStream, mood: Mood, port: u16) -> std::io::Result<()> {
+        if mood == Mood::Silent {
+            std::thread::sleep(Duration::from_secs(3));
+            return Ok(());
+        }
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut first = String::new();
+        reader.read_line(&mut first)?;
+        let mut line = String::new();
+        while reader.read_line(&mut line)? > 2 {
+            line.clear();
+        }
+        let body = if first.contains(".tgz") {
+            dependency(mood)
+        } else {
+            let promised = dependency(if mood == Mood::Liar { Mood::Mislabels } else { mood });
+            json!({"name": "dep", "version": "1.0.0", "dist": {
+                "tarball": format!("http://127.0.0.1:{port}/dep.tgz"),
+                "integrity": Integrity::of(&promised).to_string()}})
+            .to_string()
+            .into_bytes()
+        };
+        write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len())?;
+        stream.write_all(&body)
+    }
+
+    fn staged(mood: Mood, wanted: &str) -> (tempfile::TempDir, PathBuf, Result<usize>) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().take(64).flatten() {
+                std::thread::spawn(move || serve(stream, mood, port));
+            }
+        });
+        let rc = dir.path().join("npmrc");
+        std::fs::write(&rc, format!("registry=http://127.0.0.1:{port}/\n")).unwrap();
+        let registry = Registry::with_env(&Vec::new().into_iter().collect(), None, &[rc]).unwrap();
+        let program = json!({"name": "openclaw", "version": "2026.9.6", "dependencies": {"dep": wanted}});
+        let tarball = tgz(&[("package.json", &program.to_string()), (LIFECYCLE_MARKER, "")]);
+        let lock = dir.path().join("package-lock.json");
+        let packages = json!({"packages": {"": {}, "node_modules/dep": {"version": "1.0.0"}}});
+        std::fs::write(&lock, packages.to_string()).unwrap();
+        let package = host::registry::Package {
+            name: "openclaw".into(),
+            version: "2026.9.6".into(),
+            tarball_url: String::new(),
+            integrity: Integrity::of(&tarball),
+            engines_node: None,
+            unpacked_size: None,
+        };
+        let found = lock::answer(&lock, &package).unwrap();
+        let prefix = dir.path().join("prefix");
+        std::fs::create_dir(&prefix).unwrap();
+        let node: node::Node = serde_json::from_value(json!({
+            "name": "t", "prefix": prefix, "package_dir": prefix.join("lib/node_modules/openclaw"), "entry": "/e",
+            "node_bin": "/n", "home": dir.path(), "state_dir": "/s", "config_path": "/c", "port": 1,
+            "ids": host::run::Ids::current(), "user": "t"
+        }))
+        .unwrap();
+        let order = Order {
+            version: "2026.9.6".into(),
+            integrity: None,
+            state_dir: dir.path().to_owned(),
+            scratch: None,
+            npm_limit: Duration::from_secs(1),
+            layer: engine::Layer::SystemInstall,
+        };
+        let place = Place::of(&node, &order).unwrap();
+        let to = dir.path().join("stages/program");
+        let plan = Plan { registry: &registry, packages: &found, believed: false, tarball: &tarball };
+        let done = build(&plan, &place, &to, Deadline::after(Duration::from_secs(2)));
+        (dir, to, done)
+    }
+
+    #[test]
+    fn an_honest_registry_gives_a_whole_stage() {
+        let (_dir, to, done) = staged(Mood::Honest, "^1.0.0");
+        assert_eq!(done.unwrap(), 2);
+        assert!(to.join("node_modules/dep/cli.js").is_file());
+        assert!(to.join("node_modules/.bin/dep").is_file());
+        assert!(!to.join(LIFECYCLE_MARKER).exists());
+    }
+
+    #[test]
+    fn lies_silence_and_wrong_versions_are_failures_with_their_reason() {
+        for (mood, wanted, why) in [
+            (Mood::Liar, "^1.0.0", "expected sha512"),
+            (Mood::Mislabels, "^1.0.0", "its tarball says dep@1.0.1"),
+            (Mood::Honest, "^2.0.0", "dep is 1.0.0, asked for is"),
+            (Mood::Silent, "^1.0.0", "time"),
+        ] {
+            let began = host::clock::now();
+            let (_dir, _, done) = staged(mood, wanted);
+            let e = done.unwrap_err();
+            assert!(e.why.contains(why), "{e}");
+            assert!(host::clock::now().since_ms(began).unwrap() < 10_000, "{e}");
+        }
+    }
 }

@@ -184,3 +184,163 @@ fn remove(tree: &Path) -> Result<()> {
         Ok(()) | Err(_) => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host::service::{ServiceState, Stopped};
+    use std::time::Duration;
+
+    /// A manager that has nothing to manage.
+    struct Nobody;
+
+    impl Manager for Nobody {
+        fn kind(&self) -> &'static str {
+            "nobody"
+        }
+        fn look(&mut self, _: Deadline) -> Result<ServiceState> {
+            Ok(ServiceState::unknown())
+        }
+        fn clear_latch(&mut self, _: Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn start(&mut self, _: Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn stop(&mut self, _: Duration, _: Deadline) -> Result<Stopped> {
+            Ok(Stopped::Clean { took_ms: 0 })
+        }
+        fn hold(&mut self, _: Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn release(&mut self, _: Deadline) -> Result<()> {
+            Ok(())
+        }
+        fn reload(&mut self, _: Deadline) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Scene {
+        dir: tempfile::TempDir,
+        order: Order,
+        place: Place,
+        node: Node,
+    }
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(20))
+    }
+
+    impl Scene {
+        fn new(back: bool) -> Scene {
+            let dir = tempfile::tempdir().unwrap();
+            let prefix = dir.path().join("prefix");
+            let live = prefix.join("lib/node_modules/openclaw");
+            std::fs::create_dir_all(&live).unwrap();
+            std::fs::write(live.join("old.js"), "old").unwrap();
+            let stage = prefix.join("lib/.koboshi-install/program");
+            std::fs::create_dir_all(&stage).unwrap();
+            std::fs::write(stage.join("new.js"), "new").unwrap();
+            let node: Node = serde_json::from_value(serde_json::json!({
+                "name": "t", "prefix": prefix, "package_dir": live, "entry": "/e", "node_bin": "/n",
+                "home": dir.path(), "state_dir": dir.path(), "config_path": "/c", "port": 1,
+                "ids": Ids::current(), "user": "t"
+            }))
+            .unwrap();
+            let order = Order {
+                version: "1.0.0".into(),
+                integrity: None,
+                state_dir: dir.path().to_owned(),
+                scratch: None,
+                npm_limit: Duration::from_secs(1),
+                layer: Layer::SystemInstall,
+            };
+            let place = Place::of(&node, &order).unwrap();
+            let pending = Pending {
+                layer: order.layer,
+                version: order.version.clone(),
+                owner: place.owner,
+                swaps: vec![(stage, live)],
+                back,
+                aside: Vec::new(),
+                before: node.clone(),
+                after: node.clone(),
+            };
+            exchange(&order, &place, &pending, soon(), &mut Report::default()).unwrap();
+            let scene = Scene { dir, order, place, node };
+            assert_eq!(scene.live(), ["new.js"]);
+            scene
+        }
+
+        fn live(&self) -> Vec<String> {
+            let mut names: Vec<String> = std::fs::read_dir(&self.node.package_dir)
+                .unwrap()
+                .map(|e| e.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        }
+
+        fn back(&self) {
+            take_back(self.dir.path(), &mut Nobody, soon(), &mut Report::default()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_the_judge_refuses_goes_back_once() {
+        let scene = Scene::new(true);
+        scene.back();
+        assert_eq!(scene.live(), ["old.js"]);
+        scene.back();
+        assert_eq!(scene.live(), ["old.js"], "there is nothing more to take back");
+        assert!(settle(scene.dir.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_proven_program_is_not_given_up_for_a_broken_one() {
+        let scene = Scene::new(false);
+        scene.back();
+        assert_eq!(scene.live(), ["new.js"]);
+    }
+
+    #[test]
+    fn what_has_settled_is_alone_and_the_leftovers_are_gone() {
+        let scene = Scene::new(true);
+        let left = scene.node.package_dir.with_file_name(".openclaw-AbCd1234");
+        std::fs::create_dir(&left).unwrap();
+        aside(&scene.order, &scene.place, &left, &mut Report::default());
+        assert!(!left.exists(), "npm finds a clean field");
+        let pending = Pending::load(scene.dir.path()).unwrap().unwrap();
+        assert!(pending.aside[0].is_dir(), "and nothing is lost yet");
+        settle(scene.dir.path()).unwrap();
+        assert_eq!(scene.live(), ["new.js"]);
+        assert!(!pending.aside[0].exists() && !pending.swaps[0].0.exists());
+        scene.back();
+        assert_eq!(scene.live(), ["new.js"], "settled is settled");
+    }
+
+    #[test]
+    fn a_users_link_never_makes_root_write_elsewhere_as_root() {
+        if Ids::current().uid != 0 {
+            return;
+        }
+        use std::os::unix::fs::PermissionsExt;
+        let scene = Scene::new(true);
+        let user = Ids { uid: 65_534, gid: 65_534 };
+        let outside = tempfile::tempdir().unwrap();
+        // Everybody may come this far, so that what stops the work is whose it is.
+        for dir in [outside.path(), scene.dir.path()] {
+            std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        // The user owns the prefix and points the stages' directory at one of root's.
+        let planted = scene.dir.path().join("planted");
+        std::os::unix::fs::symlink(outside.path(), &planted).unwrap();
+        let place = Place { owner: user, stages: planted.clone(), ..scene.place.clone() };
+        let made = place.as_owner(|| {
+            std::fs::create_dir_all(planted.join("program")).context(|| "make a stage".to_owned())
+        });
+        assert_eq!(made.unwrap_err().kind, Kind::Denied);
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+}

@@ -54,6 +54,17 @@ impl Place {
             )
             .hint("give the prefix to the node's user or to root"));
         }
+        // A read-only file system or an immutable directory says so at once, also to root.
+        for dir in [existing(modules), existing(&target.prefix.join(STAGES))] {
+            let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+            if let Err(e) = rustix::fs::access(dir, access) {
+                return Err(Error::new(
+                    Kind::Denied,
+                    what(),
+                    format!("{} cannot be written to: {e}", dir.display()),
+                ));
+            }
+        }
         let owner = if users { target.ids } else { owner };
         let builder = match (me.uid, users) {
             (0, true) => target.ids,
@@ -64,7 +75,9 @@ impl Place {
         let rc_home = if users {
             Some(target.home.clone())
         } else {
-            std::env::var_os("HOME").map(PathBuf::from).filter(|h| h.is_absolute())
+            // A service of root's has no HOME.
+            let told = std::env::var_os("HOME").map(PathBuf::from).filter(|h| h.is_absolute());
+            told.or_else(|| (me.uid == 0).then(|| PathBuf::from("/root")))
         };
         Ok(Place { builder, owner, rc_home, stages: target.prefix.join(STAGES) })
     }
@@ -119,4 +132,47 @@ fn hash(path: &Path) -> u32 {
         .as_encoded_bytes()
         .iter()
         .fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(*b)).wrapping_mul(0x0100_0193))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(prefix: &Path, ids: Ids) -> Result<Place> {
+        let node: Node = serde_json::from_value(serde_json::json!({
+            "name": "t", "prefix": prefix, "package_dir": prefix.join("lib/node_modules/openclaw"), "entry": "/e",
+            "node_bin": "/n", "home": "/h", "state_dir": "/s", "config_path": "/c", "port": 1, "ids": ids, "user": "t"
+        }))
+        .unwrap();
+        let order = Order {
+            version: "1.0.0".into(),
+            integrity: None,
+            state_dir: "/s".into(),
+            scratch: None,
+            npm_limit: std::time::Duration::from_secs(1),
+            layer: engine::Layer::SystemInstall,
+        };
+        Place::of(&node, &order)
+    }
+
+    #[test]
+    fn nothing_is_built_or_tried_as_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let me = Ids::current();
+        let ours = place(&dir.path().join("not/there/yet"), me).unwrap();
+        assert_eq!(ours.owner.uid, me.uid);
+        if me.uid != 0 {
+            assert_eq!(ours.builder, me);
+            return;
+        }
+        assert_ne!(ours.builder.uid, 0, "root's own node is built by somebody else");
+        let user = Ids { uid: 12_345, gid: 12_345 };
+        assert_ne!(place(dir.path(), user).unwrap().builder.uid, 0, "root's prefix, a user's node");
+        std::os::unix::fs::chown(dir.path(), Some(user.uid), Some(user.gid)).unwrap();
+        let theirs = place(dir.path(), user).unwrap();
+        assert_eq!((theirs.builder, theirs.owner), (user, user));
+        assert_eq!(theirs.rc_home.as_deref(), Some(Path::new("/h")));
+        let e = place(dir.path(), Ids { uid: 1, gid: 1 }).unwrap_err();
+        assert!(e.why.contains("belongs to user 12345"), "{e}");
+    }
 }

@@ -45,8 +45,11 @@ pub(super) fn build(
 ) -> Result<Ready> {
     let deadline = bench.deadline;
     room(target, base)?;
+    let began = host::clock::now();
     let tools = Tools::get(target, order, place, registry, package, &base.join("tools"), deadline, report)?;
     let tarball = registry.fetch(package, stage::TARBALL_LIMIT_BYTES, deadline)?;
+    let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
+    report.did(format!("tools and the program's own tarball are at hand after {took_s:.1} s"));
     let question = lock::question(&package_json(package, &tarball)?);
     let scratch = Scratch::make(base, place.builder, &registry.npmrc(), &question)?;
     let began = host::clock::now();

@@ -68,7 +68,8 @@ impl TlsServer {
     /// A client that trusts this server and no other.
     fn client(&self) -> Client {
         let only_ca_pem = vec![self.pem.clone().into_bytes()];
-        let options = Options { proxies: Proxies::default(), only_ca_pem, extra_ca_file: None, verify: true };
+        let options =
+            Options { proxies: Proxies::default(), only_ca_pem, extra_ca_file: None, verify: true, idle: 2 };
         Client::new(&options).unwrap()
     }
 }

@@ -71,8 +71,10 @@ pub enum Command {
     /// One step of a recovery, run by the agent in a container of its own.
     #[command(hide = true)]
     Step {
-        /// The request file that the agent wrote.
+        /// The request file that the agent wrote; `system-install` (what sudo permits) or `enroll-node` (as root).
         request: PathBuf,
+        /// The node, for the last two.
+        node: Option<String>,
     },
     /// The voice on the gateway's port while an emergency holds; started and ended by the agent.
     #[command(hide = true)]

@@ -6,11 +6,12 @@
 use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
-use crate::{spare, voice};
+use crate::{spare, sudo, voice};
 use alert::Outbox;
 use engine::{Class, Finding};
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
+use layers::install::Proof;
 use layers::{Bench, Care, Examination, Report};
 use node::{Baseline, Node, refusal};
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,28 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+    /// Layer 2.
+    SystemInstall {
+        /// The last good version.
+        version: String,
+        /// The gateway does not answer.
+        hung: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Layer 3.
+    UserInstall {
+        /// The last good version.
+        version: String,
+        /// The gateway does not answer.
+        hung: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Asks sudo whether it would let us.
+    AskSudo,
+    /// What layer 2 or 3 put in place was not accepted: back to what was there before.
+    TakeBack,
     /// Layer in-place.
     InPlace {
         /// Why.
@@ -87,6 +110,27 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+}
+
+impl Work {
+    /// Whether it makes a program anew, which takes more than any other work.
+    pub fn installs(&self) -> bool {
+        match self {
+            Work::SystemInstall { .. } | Work::UserInstall { .. } => true,
+            Work::Examine { .. }
+            | Work::Snapshot { .. }
+            | Work::Settle
+            | Work::Tidy
+            | Work::Deliver
+            | Work::Scrub
+            | Work::TrialOver { .. }
+            | Work::Restart { .. }
+            | Work::Restore { .. }
+            | Work::AskSudo
+            | Work::TakeBack
+            | Work::InPlace { .. } => false,
+        }
+    }
 }
 
 /// A request, as the agent writes it.
@@ -204,9 +248,16 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let node = &request.node;
     match &request.work {
         Work::Examine { care } => {
-            let store = open_store(&places)?;
-            let examination =
-                layers::examine(node, store.as_ref(), request.baseline.as_ref(), *care, deadline)?;
+            // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
+            let store = open_store(&places);
+            // So is a proof that cannot be read: it proves nothing.
+            let proof = Proof::load(&places.state_dir).unwrap_or_default();
+            let (usable, baseline) =
+                (store.as_ref().ok().and_then(Option::as_ref), request.baseline.as_ref());
+            let mut examination = layers::examine(node, usable, baseline, proof.as_ref(), *care, deadline)?;
+            if let Err(e) = store {
+                examination.notice(format!("the store cannot be used: {}", e.why));
+            }
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
@@ -253,6 +304,30 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
         Work::TrialOver { incident } => {
             with_bench(request, &config, &places, *incident, deadline, layers::trial::over)
         }
+        Work::SystemInstall { version, hung, incident } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                if sudo::needed(bench.node, &places) {
+                    return sudo::through(bench, &places, version);
+                }
+                layers::system_install::work(bench, &order, *hung)
+            })
+        }
+        Work::UserInstall { version, hung, incident } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::UserInstall);
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                layers::user_install::work(bench, &order, *hung)
+            })
+        }
+        Work::AskSudo => match sudo::ask(node, deadline) {
+            Ok(()) => Ok(Answer::Done(Report::default())),
+            Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
+        },
+        Work::TakeBack => with_bench(request, &config, &places, 0, deadline, |bench| {
+            let mut report = Report::default();
+            layers::install::take_back(&places.state_dir, bench.manager, bench.deadline, &mut report)?;
+            Ok(report)
+        }),
         Work::InPlace { findings, incident } => {
             with_bench(request, &config, &places, *incident, deadline, |bench| {
                 layers::in_place::work(bench, findings)
@@ -454,7 +529,7 @@ fn collect_leftovers(
 }
 
 fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {
-    let mut done = Vec::new();
+    let mut done = layers::install::settle(&places.state_dir)?;
     let Some(store) = open_store(places)? else {
         return Ok(Answer::Tidied { done });
     };

@@ -5,11 +5,14 @@
 
 pub mod examine;
 pub mod in_place;
+pub mod install;
 mod mend;
 pub mod quiet;
 pub mod restart;
 pub mod restore;
+pub mod system_install;
 pub mod trial;
+pub mod user_install;
 
 pub use examine::{Care, Examination, Need, examine};
 

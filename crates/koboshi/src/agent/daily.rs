@@ -738,6 +738,9 @@ impl Agent {
                 if let Err(e) = patient::set_baseline(&self.places, &baseline) {
                     self.say(&e.to_string());
                 }
+                if let Err(e) = layers::install::remember_service(&self.node, &self.places.state_dir) {
+                    self.say(&e.to_string());
+                }
                 self.judge.set_baseline(baseline);
                 if version.is_some() && version != self.node.version {
                     self.node.version = version;

@@ -3,16 +3,21 @@
 use super::book::Written;
 use super::{Agent, MANAGER_LIMIT};
 use crate::config::Mode;
+use crate::patient::{self, Service};
+use crate::reinstall::{self, Seen};
 use crate::step::{Answer, Work};
+use crate::sudo;
 use engine::{
     Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,
     Layer, Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
 };
 use host::clock::{self, Deadline};
 use host::container::Ended;
+use layers::install::{Moved, Pending};
 use layers::{Care, Examination, Need};
 use node::{Judgement, gates};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 /// Actions taken in one turn of the loop before descriptors are looked at again: a mistake must not spin.
 const MAX_ACTIONS: usize = 64;
@@ -430,8 +435,21 @@ impl Agent {
     fn note(&mut self, record: Record) -> bool {
         if let Event::Failed { layer, .. } = &record.event {
             self.why_it_failed(*layer);
+            self.take_back(*layer);
         }
-        self.write(record)
+        let begins = matches!(&record.event, Event::ClimbBegan { .. });
+        let written = self.write(record);
+        if begins && written {
+            self.ask_sudo();
+        }
+        // A climb that begins later than its incident, perhaps under a new agent, chooses by what the disk says now.
+        if begins && written && self.fresh_exam().is_none() {
+            let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
+            if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
+                self.noticed(exam.findings);
+            }
+        }
+        written
     }
 
     /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
@@ -482,6 +500,11 @@ impl Agent {
         }
         let now = clock::now();
         self.daily.examine_soon(now);
+        let by = self.book.state().closed.as_ref().and_then(|c| c.layer);
+        if matches!(by, Some(Layer::SystemInstall | Layer::UserInstall)) {
+            // What was put in place is proven by its tarballs, not yet by having served.
+            self.daily.snapshot_by_hand(now, "after an install");
+        }
     }
 
     fn spawn(&mut self, step: StepId, layer: Layer, wider: bool, deadline: Moment) {
@@ -493,7 +516,17 @@ impl Agent {
             Layer::Restart => Work::Restart { hung },
             Layer::Restore => Work::Restore { findings, hung, wider, incident: id },
             Layer::InPlace => Work::InPlace { findings, incident: id },
-            Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
+            Layer::SystemInstall => Work::SystemInstall {
+                version: self.version_to_install().unwrap_or_default(),
+                hung,
+                incident: id,
+            },
+            Layer::UserInstall => Work::UserInstall {
+                version: self.version_to_install().unwrap_or_default(),
+                hung,
+                incident: id,
+            },
+            Layer::PeerCopy | Layer::Emergency => {
                 let why = format!("{layer} has no work in this version");
                 self.write(Record::new(clock::now(), Event::Ended { step, how: How::SpawnFailed { why } }));
                 return;
@@ -539,7 +572,7 @@ impl Agent {
         self.looks_from = clock::now();
         self.next_look = self.looks_from;
         self.write(Record::new(clock::now(), event));
-        if layer == Layer::Restore {
+        if matches!(layer, Layer::Restore | Layer::SystemInstall | Layer::UserInstall) {
             // The repair is over, and with it its hold; the start comes next.
             self.release();
         }
@@ -587,6 +620,9 @@ impl Agent {
                 None => why,
             },
         };
+        if matches!(layer, Layer::SystemInstall | Layer::UserInstall) {
+            self.follow_move();
+        }
         if layer != Layer::InPlace {
             self.follow_gateway();
             if let Some(still) = self.node.gateway() {
@@ -604,7 +640,9 @@ impl Agent {
             // A config that is being edited keeps nothing from starting that was clean otherwise.
             (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
             // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
-            (Layer::Restore, _) if !exam.findings.iter().any(bars_a_start) => {
+            (Layer::Restore | Layer::SystemInstall | Layer::UserInstall, _)
+                if !exam.findings.iter().any(bars_a_start) =>
+            {
                 Claim::Ready { inputs: exam.inputs }
             }
             (_, Need::Later | Need::InPlace | Need::Interruption) => {
@@ -630,6 +668,71 @@ impl Agent {
             return;
         }
         if let Some(exam) = self.examine_now(Care::Thorough) {
+            self.noticed(exam.findings);
+        }
+    }
+
+    /// The last good version, for layers that make the program anew.
+    fn version_to_install(&self) -> Option<String> {
+        let snapshot = self.exam.as_ref().and_then(|e| e.version.as_deref());
+        reinstall::version(&self.node, Some(self.judge.baseline()), snapshot)
+    }
+
+    /// Whether sudo would have root install, asked once for each climb, in a container: it may hang.
+    fn ask_sudo(&mut self) {
+        if !sudo::needed(&self.node, &self.places) {
+            return;
+        }
+        // Its own patience ends first.
+        let limit = sudo::ASK_LIMIT + Duration::from_secs(1);
+        self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
+            Ok(Answer::Failed { why, .. }) => Err(why),
+            Ok(_) => Ok(()),
+            Err(e) => Err(e.why),
+        });
+    }
+
+    /// The node may run from elsewhere now, or from home again.
+    fn follow_move(&mut self) {
+        let now = match Moved::load(&self.places.state_dir) {
+            Ok(Some(moved)) => moved.away,
+            Ok(None) => return,
+            Err(e) => return self.say(&e.to_string()),
+        };
+        if now == self.node {
+            return;
+        }
+        let service = match Service::of(&now, &self.config, &self.runner.containers, &self.places) {
+            Ok(service) => service,
+            Err(e) => return self.say(&e.to_string()),
+        };
+        self.say(&format!("the node is now {}", now.package_dir.display()));
+        self.node = now;
+        self.service = service;
+        if let Err(e) = patient::remember(&self.places, &self.node) {
+            self.say(&e.to_string());
+        }
+        self.watch_files();
+    }
+
+    /// What an install put in place and the judge did not accept goes back before the next layer has its turn.
+    fn take_back(&mut self, layer: Layer) {
+        /// Renames; file by file it takes longer.
+        const LIMIT: Duration = Duration::from_secs(20);
+        if !matches!(layer, Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy)
+            || !matches!(Pending::load(&self.places.state_dir), Ok(Some(pending)) if pending.back)
+        {
+            return;
+        }
+        let baseline = self.judge.baseline().clone();
+        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), LIMIT) {
+            Ok(answer) => {
+                self.tell_report(layer, Some(answer));
+            }
+            Err(e) => self.say(&e.to_string()),
+        }
+        self.follow_move();
+        if let Some(exam) = self.examine_now(Care::Down) {
             self.noticed(exam.findings);
         }
     }
@@ -668,6 +771,15 @@ impl Agent {
                 false => to_first_good.map_or(closed.took_ms, |ms| ms.min(closed.took_ms)) as f64,
             };
             facts.details = came_back(self.book.told());
+            if let Ok(Some(moved)) = Moved::load(&self.places.state_dir)
+                && moved.displaced()
+            {
+                facts.details.push(format!(
+                    "it is displaced: it runs from {} until its home {} can be mended",
+                    moved.away.prefix.display(),
+                    moved.home.prefix.display()
+                ));
+            }
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
                 facts.replaced = Some(quarantine.display().to_string());
@@ -823,14 +935,36 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
         Some(finding) => Err(finding.what.clone()),
         None => snapshot,
     };
+    let version = agent.version_to_install();
+    let seen = Seen {
+        version: version.as_deref(),
+        snapshot: exam.and_then(|e| e.snapshot.as_deref()),
+        findings: exam.map(|e| e.findings.as_slice()).unwrap_or_default(),
+    };
+    let system = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
+        (Some(finding), _) => Err(finding.what.clone()),
+        (None, None) => Err("the disk could not be looked at".to_owned()),
+        (None, Some(_)) => reinstall::system(&agent.node, &agent.places, seen, agent.sudo.as_ref()),
+    };
+    let user = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
+        (Some(finding), _) => Err(finding.what.clone()),
+        (None, None) => Err("the disk could not be looked at".to_owned()),
+        (None, Some(_)) => reinstall::user(&agent.node, &agent.places, seen),
+    };
+    let install_inputs = |layer: Layer| {
+        let mut hash = DefaultHasher::new();
+        // A person who asks for a recovery may have mended what nobody here can see: the line, the registry.
+        (inputs(layer), &version, agent.nudges, &agent.sudo).hash(&mut hash);
+        hash.finish()
+    };
     let later =
         |layer: Layer| Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer));
     vec![
         Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
         Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
         Rung::new(Layer::Restore, restore, inputs(Layer::Restore)),
-        later(Layer::SystemInstall),
-        later(Layer::UserInstall),
+        Rung::new(Layer::SystemInstall, system, install_inputs(Layer::SystemInstall)),
+        Rung::new(Layer::UserInstall, user, install_inputs(Layer::UserInstall)),
         later(Layer::PeerCopy),
     ]
 }

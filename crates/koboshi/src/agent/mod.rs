@@ -124,6 +124,8 @@ pub struct Agent {
     errand: Option<orders::Errand>,
     /// The climb at whose end a config's trial was ended.
     trial_ended: Option<(u64, u32)>,
+    /// What sudo said at the last climb, where it is needed.
+    sudo: Option<std::result::Result<(), String>>,
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
@@ -213,6 +215,7 @@ impl Agent {
             only: None,
             errand: None,
             trial_ended: None,
+            sudo: None,
             blind: 0,
             ending: false,
             responder: Responder::default(),

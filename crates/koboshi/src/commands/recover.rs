@@ -117,7 +117,8 @@ fn tell(desk: &Desk, node: &Node, done: &Done, took_ms: u64) {
 
 /// A layer that this version can run, by its name.
 fn layer(name: &str) -> Result<Layer> {
-    const BUILT: [Layer; 3] = [Layer::InPlace, Layer::Restart, Layer::Restore];
+    const BUILT: [Layer; 5] =
+        [Layer::InPlace, Layer::Restart, Layer::Restore, Layer::SystemInstall, Layer::UserInstall];
     BUILT.into_iter().find(|l| l.name() == name).ok_or_else(|| {
         let why = if Layer::CLIMB.iter().any(|l| l.name() == name) {
             "that layer is not part of this version"
@@ -135,7 +136,9 @@ fn examine(desk: &Desk, node: &Node, care: Care) -> Result<Examination> {
     // A store that cannot be used is a reason why a layer does not apply, not why the node cannot be looked at.
     let store = step::open_store(&desk.places).unwrap_or_default();
     let baseline = desk.baseline();
-    let exam = layers::examine(node, store.as_ref(), Some(&baseline), care, Deadline::after(EXAMINE_LIMIT));
+    let proof = layers::install::Proof::load(&desk.places.state_dir).unwrap_or_default();
+    let deadline = Deadline::after(EXAMINE_LIMIT);
+    let exam = layers::examine(node, store.as_ref(), Some(&baseline), proof.as_ref(), care, deadline);
     bar.done();
     exam
 }
@@ -164,7 +167,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         good: exam.snapshot.clone(),
         store_trouble: step::open_store(&desk.places).err().map(|e| e.to_string()),
     };
-    let mut ready = readiness::layers(node, &disk);
+    let mut ready = readiness::layers(desk, node, &disk);
     if let Some(only) = only {
         for r in ready.iter_mut().filter(|r| r.layer != only) {
             r.state = Err("not asked for (--only)".to_owned());

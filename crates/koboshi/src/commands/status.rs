@@ -10,6 +10,7 @@ use engine::{Class, Verdict};
 use host::clock;
 use host::process::ProcessId;
 use host::{Error, Result};
+use layers::install::Moved;
 use node::Node;
 use serde_json::Value;
 use store::SnapshotInfo;
@@ -47,7 +48,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let emergency = state.in_emergency();
     let kept = kept(desk);
     let disk = readiness::look(desk, &node);
-    let layers = readiness::layers(&node, &disk);
+    let layers = readiness::layers(desk, &node, &disk);
     let recent = incidents::newest(desk, INCIDENTS)?;
 
     let told = Standing::of(&desk.config, &desk.places);
@@ -55,6 +56,15 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     open_line(desk, status.as_ref());
     head(desk, &node, &verdict, fresh.as_ref());
     agent_lines(desk, agent, status.as_ref());
+    let moved =
+        layers::install::Moved::load(&desk.places.state_dir).unwrap_or_default().filter(Moved::displaced);
+    if let Some(moved) = &moved {
+        desk.printer.line(format!(
+            "displaced  it runs from {}; its home {} could not be mended",
+            moved.away.prefix.display(),
+            moved.home.prefix.display()
+        ));
+    }
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
     }
@@ -72,6 +82,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("manager", desk.manager(&node))
         .maybe("hands_off", desk.hands_off())
         .maybe("gateway_pid", node.gateway().map(|id| id.pid))
+        .maybe("displaced_from", moved.map(|m| m.home.prefix.display().to_string()))
         .put("layers", readiness::json(&layers))
         .put("snapshots", kept_json(&kept))
         .put("findings", findings_json(&disk.findings))

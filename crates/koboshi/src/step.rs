@@ -8,12 +8,12 @@ use crate::patient::Service;
 use crate::places::Places;
 use crate::{spare, sudo, voice};
 use alert::Outbox;
-use engine::{Class, Finding};
+use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
 use layers::install::Proof;
 use layers::{Bench, Care, Examination, Report};
-use node::{Baseline, Node, refusal};
+use node::{Baseline, Node};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -122,6 +122,8 @@ impl Work {
             | Work::Settle
             | Work::Tidy
             | Work::Deliver
+            | Work::Contacts
+            | Work::Beat
             | Work::Scrub
             | Work::TrialOver { .. }
             | Work::Restart { .. }
@@ -437,12 +439,12 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
         );
         return Ok(Answer::Settled { id: None, why: Some(why), config: None });
     }
-    // A gateway goes on with the config it read and only logs that a changed one was refused: serving proves nothing.
-    if let Some(baseline) = baseline
-        && let Some(checked) = refusal::current(node, baseline, deadline)
-        && let Some(refused) = refusal::news(node, baseline, &checked).first()
-    {
-        let why = format!("the program refuses its config: {}", refused.words());
+    // A gateway goes on with the program and the config it has read: serving proves nothing about what lies there now.
+    let unknown = Baseline::default();
+    let looked =
+        node::triage::examine(node, baseline.unwrap_or(&unknown), node::triage::Depth::Quick, deadline);
+    if let Some(sick) = looked.findings.iter().find(|f| unfit_to_trust(f)) {
+        let why = format!("it holds what the next start would not survive: {}", sick.what);
         return Ok(Answer::Settled { id: None, why: Some(why), config: None });
     }
     if let Some(before) = before {
@@ -526,6 +528,30 @@ fn collect_leftovers(
     let moved = store.collect_leftovers(&node::roots::roots(node), &to, deadline)?;
     Ok((moved > 0)
         .then(|| format!("{moved} pieces that killed repairs had left were moved to {}", to.display())))
+}
+
+/// What no snapshot may hold that is to be trusted: it would be restored one day.
+fn unfit_to_trust(finding: &Finding) -> bool {
+    match finding.kind {
+        FaultKind::FilesDamaged
+        | FaultKind::ConfigBroken
+        | FaultKind::DatabaseCorrupt
+        | FaultKind::Amnesia
+        | FaultKind::RuntimeUnfit
+        | FaultKind::SchemaNewer
+        | FaultKind::UpdateAtWork => true,
+        // A workspace may be emptied by its owner; that its state is gone is nobody's intention.
+        FaultKind::RootMissing => finding.class == Some(Class::State),
+        FaultKind::ProcessGone
+        | FaultKind::Hung
+        | FaultKind::ServiceLatched
+        | FaultKind::PortTaken
+        | FaultKind::Permission
+        | FaultKind::DiskFull
+        | FaultKind::OwnersWill
+        | FaultKind::BackupStale
+        | FaultKind::Notice => false,
+    }
 }
 
 fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {

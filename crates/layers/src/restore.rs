@@ -419,7 +419,6 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
             return Ok(());
         }
     }
-    let choice = &choice;
     let Some(store) = bench.store else {
         return Err(Error::new(Kind::NotFound, "restore from a snapshot", "there is no store on this host")
             .hint("koboshi snapshot create"));
@@ -431,6 +430,7 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
     }
     let mut last = None;
     let mut damaged = Vec::new();
+    let mut still_broken = false;
     for info in trusted.iter().take(MAX_SNAPSHOTS) {
         let other_version = info.version != trusted[0].version;
         if choice.serving && other_version && choice.converge.contains(&Class::Program) {
@@ -440,13 +440,15 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
             ));
             continue;
         }
-        if let Err(why) = gate(bench, choice, info) {
+        if let Err(why) = gate(bench, &choice, info) {
             report.could_not(format!("snapshot {} is not used: {why}", info.id));
             continue;
         }
-        match repair_from(bench, store, info, choice, depth, Whole::OrNothing, report) {
+        match repair_from(bench, store, info, &choice, depth, Whole::OrNothing, report) {
             // The newest one is what lies there already, and it does not start: an older one may.
             Ok(false) if choice.thorough => {}
+            // It holds the very config that is broken (it was cut just before it was taken): an older one holds another.
+            Ok(_) if choice.config && !node::config::check(bench.node).is_empty() => still_broken = true,
             Ok(_) => return Ok(()),
             Err(e) => {
                 report.could_not(format!("snapshot {}: {e}", info.id));
@@ -456,7 +458,12 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
                 last = Some(e);
             }
         }
+        if still_broken {
+            // The rest is done; only the config is looked for further back.
+            choice = Choice { config: true, serving: choice.serving, ..Choice::default() };
+        }
     }
+    let choice = &choice;
     // None is whole. Most of one is better than nothing: the judge says whether it is enough.
     for info in damaged {
         match repair_from(bench, store, info, choice, depth, Whole::AsFarAsCanBe, report) {

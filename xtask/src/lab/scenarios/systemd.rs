@@ -183,20 +183,6 @@ pub(super) fn install(play: &mut Play) -> Result<(), String> {
 pub(super) fn kill(play: &mut Play) -> Result<(), String> {
     let (mut host, before) = guarded(play, Unit::User)?;
     on(play, &mut host, |play, host| {
-        let restarts = host.unit(Unit::User, "NRestarts")?;
-        let pid = main_pid(host, Unit::User)?;
-        host.must(&format!("kill -9 {pid}"))?;
-        before.righted(play, host, "SIGKILL", START)?;
-        let again = host.unit(Unit::User, "NRestarts")?;
-        let starters = format!("systemd restarted it {restarts} times before and {again} after");
-        play.say(&starters);
-        nothing_open(play, ROOT, host, "SIGKILL")?;
-        let cgroup = host.must(&format!("cat /proc/{}/cgroup", main_pid(host, Unit::User)?))?;
-        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || {
-            cgroup.clone()
-        });
-
-        let before = Before::take(host)?;
         let pid = main_pid(host, Unit::User)?;
         host.must(&format!("kill -STOP {pid}"))?;
         before.righted(play, host, "SIGSTOP", START)?;
@@ -218,6 +204,20 @@ pub(super) fn kill(play: &mut Play) -> Result<(), String> {
         });
         let same = judge::hello(host)?;
         play.claim(same == hello, "agent killed: it serves on", || format!("{same:?}"));
+
+        let before = Before::take(host)?;
+        let restarts = host.unit(Unit::User, "NRestarts")?;
+        let pid = main_pid(host, Unit::User)?;
+        host.must(&format!("kill -9 {pid}"))?;
+        before.righted(play, host, "SIGKILL", START)?;
+        let again = host.unit(Unit::User, "NRestarts")?;
+        let starters = format!("systemd restarted it {restarts} times before and {again} after");
+        play.say(&starters);
+        nothing_open(play, ROOT, host, "SIGKILL")?;
+        let cgroup = host.must(&format!("cat /proc/{}/cgroup", main_pid(host, Unit::User)?))?;
+        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || {
+            cgroup.clone()
+        });
         Ok(())
     })
 }

@@ -356,8 +356,12 @@ mod tests {
     }
 
     fn get(address: SocketAddr, path: &str) -> (Vec<u8>, bool) {
+        get_within(address, path, Duration::from_secs(30))
+    }
+
+    fn get_within(address: SocketAddr, path: &str, limit: Duration) -> (Vec<u8>, bool) {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+        stream.set_read_timeout(Some(limit)).unwrap();
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
         let mut bytes = Vec::new();
         let whole = stream.read_to_end(&mut bytes).is_ok();
@@ -393,11 +397,13 @@ mod tests {
         registry.set(Mode::Close);
         assert!(get(address, "/@s%2fa").0.is_empty());
         registry.set(Mode::Hang);
-        let (bytes, ended) = get(address, "/@s%2fa");
+        let (bytes, ended) = get_within(address, "/@s%2fa", Duration::from_millis(200));
         assert!(bytes.is_empty() && !ended);
-        registry.set(Mode::Slow(20_000));
-        let got = body(&get(address, tarball));
-        assert!(!got.is_empty() && got.len() < 100_000);
+        // Five pieces with four pauses between them.
+        registry.set(Mode::Slow(200_000));
+        let started = std::time::Instant::now();
+        assert_eq!(body(&get(address, tarball)).len(), 100_000);
+        assert!(started.elapsed() >= PIECE_EVERY * 4);
         assert_eq!(registry.asked().first().map(String::as_str), Some("/@s/a"));
         std::fs::remove_dir_all(&dir).unwrap();
     }

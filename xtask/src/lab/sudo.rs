@@ -131,9 +131,10 @@ impl Broken {
                 )
             }
             Broken::Gone => ("mv /usr/bin/sudo /root/sudo.gone", "mv /root/sudo.gone /usr/bin/sudo"),
-            Broken::Nosuid => {
-                ("mount --bind /usr/bin /usr/bin && mount -o remount,bind,nosuid /usr/bin", "umount /usr/bin")
-            }
+            Broken::Nosuid => (
+                "mount --bind /usr/bin /usr/bin && mount -o remount,bind,nosuid /usr/bin",
+                "umount --lazy /usr/bin",
+            ),
             // Nothing on the host changes: the caller is made so; a unit is by `NoNewPrivileges=yes`.
             Broken::NoNewPrivileges => ("true", "true"),
             Broken::RequireTty => (

@@ -14,6 +14,8 @@ use std::time::Duration;
 const SUDO_HANGS: Duration = Duration::from_secs(3);
 /// A gateway's start on a machine that is busy with other scenarios.
 const START: Duration = Duration::from_secs(900);
+/// npm with one package, or with its failure, on a crowded machine.
+const NPM: Duration = Duration::from_secs(240);
 /// The same for anything over the network.
 const NET_HANGS: Duration = Duration::from_secs(4);
 
@@ -57,7 +59,7 @@ pub(super) fn services(play: &mut Play) -> Result<(), String> {
         let script = format!(
             "rm -rf t .npm && mkdir t && cd t && npm install --fetch-retries=0 --fetch-timeout=2000 zod@{zod} 2>&1"
         );
-        host.claw_within(&script, Duration::from_secs(60))
+        host.claw_within(&script, NPM)
     };
     let whole = host.must(&tarball)?;
     let answered = host.must(&document)?;

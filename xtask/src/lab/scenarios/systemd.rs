@@ -60,6 +60,20 @@ fn closed(play: &mut Play, koboshi: Koboshi, host: &Host, what: &str) -> Result<
     Ok(last)
 }
 
+/// systemd itself restarts a killed gateway, which needs no incident; if there was one, it is over.
+fn nothing_open(play: &mut Play, koboshi: Koboshi, host: &Host, what: &str) -> Result<(), String> {
+    let calm =
+        koboshi.wait(host, CLOSE, "a closed incident", |s| s["incident"].is_null() && s["confirmed"] == true);
+    play.expect(calm, &format!("{what}: koboshi is sure of it too and has nothing open"));
+    let all = koboshi.incidents(host)?;
+    let bad: Vec<&Value> = all.iter().filter(|i| i["outcome"] != "recovered").collect();
+    play.claim(bad.is_empty(), &format!("{what}: no incident ended otherwise than recovered"), || {
+        format!("{bad:?}")
+    });
+    play.say(&format!("{} incidents are on record", all.len()));
+    Ok(())
+}
+
 fn main_pid(host: &Host, unit: Unit) -> Result<u32, String> {
     host.unit(unit, "MainPID")?.parse().map_err(|e| format!("MainPID: {e}"))
 }
@@ -169,20 +183,6 @@ pub(super) fn install(play: &mut Play) -> Result<(), String> {
 pub(super) fn kill(play: &mut Play) -> Result<(), String> {
     let (mut host, before) = guarded(play, Unit::User)?;
     on(play, &mut host, |play, host| {
-        let restarts = host.unit(Unit::User, "NRestarts")?;
-        let pid = main_pid(host, Unit::User)?;
-        host.must(&format!("kill -9 {pid}"))?;
-        before.righted(play, host, "SIGKILL", START)?;
-        let again = host.unit(Unit::User, "NRestarts")?;
-        let starters = format!("systemd restarted it {restarts} times before and {again} after");
-        play.say(&starters);
-        closed(play, ROOT, host, "SIGKILL")?;
-        let cgroup = host.must(&format!("cat /proc/{}/cgroup", main_pid(host, Unit::User)?))?;
-        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || {
-            cgroup.clone()
-        });
-
-        let before = Before::take(host)?;
         let pid = main_pid(host, Unit::User)?;
         host.must(&format!("kill -STOP {pid}"))?;
         before.righted(play, host, "SIGSTOP", START)?;
@@ -204,6 +204,20 @@ pub(super) fn kill(play: &mut Play) -> Result<(), String> {
         });
         let same = judge::hello(host)?;
         play.claim(same == hello, "agent killed: it serves on", || format!("{same:?}"));
+
+        let before = Before::take(host)?;
+        let restarts = host.unit(Unit::User, "NRestarts")?;
+        let pid = main_pid(host, Unit::User)?;
+        host.must(&format!("kill -9 {pid}"))?;
+        before.righted(play, host, "SIGKILL", START)?;
+        let again = host.unit(Unit::User, "NRestarts")?;
+        let starters = format!("systemd restarted it {restarts} times before and {again} after");
+        play.say(&starters);
+        nothing_open(play, ROOT, host, "SIGKILL")?;
+        let cgroup = host.must(&format!("cat /proc/{}/cgroup", main_pid(host, Unit::User)?))?;
+        play.claim(cgroup.contains("openclaw-gateway.service"), "SIGKILL: it runs in its unit", || {
+            cgroup.clone()
+        });
         Ok(())
     })
 }
@@ -243,7 +257,7 @@ pub(super) fn system(play: &mut Play) -> Result<(), String> {
     on(play, &mut host, |play, host| {
         host.must(&format!("kill -9 {}", main_pid(host, Unit::System)?))?;
         before.righted(play, host, "SIGKILL", START)?;
-        closed(play, ROOT, host, "SIGKILL")?;
+        nothing_open(play, ROOT, host, "SIGKILL")?;
         let before = Before::take(host)?;
         deleted(play, ROOT, host, Unit::System, &before)
     })
@@ -261,7 +275,7 @@ pub(super) fn user_agent(play: &mut Play) -> Result<(), String> {
         play.claim(uid == "claw", "the agent runs as the user", || uid.clone());
         host.must(&format!("kill -9 {}", main_pid(host, Unit::User)?))?;
         before.righted(play, host, "SIGKILL", START)?;
-        closed(play, koboshi, host, "SIGKILL")?;
+        nothing_open(play, koboshi, host, "SIGKILL")?;
         let before = Before::take(host)?;
         deleted(play, koboshi, host, Unit::User, &before)
     })

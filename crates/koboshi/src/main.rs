@@ -62,6 +62,8 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         cli::Command::Demo(options) => demo::run(options, printer),
         cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
         cli::Command::Respond(options) => voice::respond(options, printer),
+        cli::Command::Reach { target } => commands::fleet::reach(target),
+        cli::Command::Donate { node } => commands::donate::run(cli, node.as_deref()),
         cli::Command::Guard(options) => {
             let (config, places) = commands::open(cli)?;
             agent::run(config, places, options, printer)
@@ -80,6 +82,7 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         | cli::Command::Node(_)
         | cli::Command::Alert(_)
         | cli::Command::Key(_)
+        | cli::Command::Fleet(_)
         | cli::Command::Completions { .. }
         | cli::Command::Man { .. } => commands::run(cli, printer),
     }

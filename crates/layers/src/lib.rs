@@ -5,10 +5,13 @@
 
 pub mod examine;
 pub mod in_place;
+pub mod lend;
 mod mend;
+pub mod peer_copy;
 pub mod quiet;
 pub mod restart;
 pub mod restore;
+mod trees;
 pub mod trial;
 
 pub use examine::{Care, Examination, Need, examine};

@@ -56,6 +56,9 @@ pub enum Command {
     /// The store's key, for safe keeping off this host.
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Other hosts whose nodes may lend their program: status, enroll.
+    #[command(subcommand)]
+    Fleet(Fleet),
     /// A real OpenClaw node in a throw-away directory, knocked over and righted before your eyes.
     Demo(Demo),
     /// Shell completions on standard output.
@@ -75,6 +78,18 @@ pub enum Command {
         request: PathBuf,
         /// The node, for the last two.
         node: Option<String>,
+    },
+    /// Lends this node's program to a peer: the forced command of its key.
+    #[command(hide = true)]
+    Donate {
+        /// The node's name.
+        node: Option<String>,
+    },
+    /// The SSH part of a conversation with a peer, run by a step.
+    #[command(hide = true)]
+    Reach {
+        /// Whom to talk to, as JSON.
+        target: String,
     },
     /// The voice on the gateway's port while an emergency holds; started and ended by the agent.
     #[command(hide = true)]
@@ -264,6 +279,43 @@ pub enum AlertCommand {
 pub enum KeyCommand {
     /// Prints the key; keep it off this host.
     Export,
+}
+
+/// The fleet's commands.
+#[derive(Debug, Subcommand)]
+pub enum Fleet {
+    /// Asks every peer who it is and how its node does.
+    Status,
+    /// Makes another host a peer: pins its key, gives it ours for one read-only command, checks it, writes it down.
+    Enroll(Enroll),
+}
+
+/// Options of `fleet enroll`.
+#[derive(Debug, Args)]
+pub struct Enroll {
+    /// The host's name or address.
+    pub host: String,
+    /// The account there (default: the name of the node's user).
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+    /// The port of its SSH server.
+    #[arg(long, default_value_t = 22)]
+    pub port: u16,
+    /// The key that the host must show: `ssh-ed25519 AAAA…`.
+    #[arg(long, value_name = "KEY")]
+    pub host_key: Option<String>,
+    /// Ask nothing; needs --host-key, since nobody compares the fingerprint.
+    #[arg(long, requires = "host_key")]
+    pub yes: bool,
+    /// Believe this peer alone when it lends a version that was never proven on this host.
+    #[arg(long)]
+    pub trusted: bool,
+    /// How the node is called there.
+    #[arg(long, default_value = "main", value_name = "NAME")]
+    pub node: String,
+    /// The command that our key may run there (default: the koboshi found there, with `donate NODE`).
+    #[arg(long, value_name = "COMMAND")]
+    pub command: Option<String>,
 }
 
 /// Options of `demo`.

@@ -66,6 +66,8 @@ pub struct Config {
     pub node_channels: NodeChannels,
     /// An address that is told regularly that all is well.
     pub heartbeat: Heartbeat,
+    /// Other hosts whose nodes may lend their program.
+    pub peer: Vec<layers::peer_copy::Peer>,
 }
 
 /// When messages go out through the chat accounts of the node's own config.

@@ -75,6 +75,8 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
             }
             Ok(Exit::Done)
         }
+        cli::Command::Reach { target } => commands::fleet::reach(target),
+        cli::Command::Donate { node } => commands::donate::run(cli, node.as_deref()),
         cli::Command::Guard(options) => {
             let (config, places) = commands::open(cli)?;
             agent::run(config, places, options, printer)
@@ -93,6 +95,7 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         | cli::Command::Node(_)
         | cli::Command::Alert(_)
         | cli::Command::Key(_)
+        | cli::Command::Fleet(_)
         | cli::Command::Completions { .. }
         | cli::Command::Man { .. } => commands::run(cli, printer),
     }

@@ -71,6 +71,16 @@ impl Places {
         self.state_dir.join("store")
     }
 
+    /// Digests of the programs that were proven good here, for when the store is lost.
+    pub fn known_programs(&self) -> PathBuf {
+        self.state_dir.join("programs.json")
+    }
+
+    /// The key that is offered to peers.
+    pub fn donate_key(&self) -> PathBuf {
+        self.key_file.with_file_name("donate")
+    }
+
     /// The journal of incidents.
     pub fn journal(&self) -> PathBuf {
         self.state_dir.join("journal")

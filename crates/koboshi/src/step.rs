@@ -76,6 +76,18 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+    /// Layer 4.
+    PeerCopy {
+        /// The gateway does not answer.
+        hung: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// The start after layer 4 failed: what was never proven here goes back.
+    PeerBack {
+        /// For the quarantine's name.
+        incident: u64,
+    },
     /// The climb failed: what layer 1 replaced on suspicion alone goes back.
     TrialOver {
         /// For the quarantine's name.
@@ -129,6 +141,8 @@ impl Work {
             | Work::Restart { .. }
             | Work::Restore { .. }
             | Work::AskSudo
+            | Work::PeerCopy { .. }
+            | Work::PeerBack { .. }
             | Work::TakeBack
             | Work::InPlace { .. } => false,
         }
@@ -270,7 +284,9 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
         }
         Work::Settle => {
             no_update_at_work(node, "trust the newest snapshot")?;
-            settle(&places, node, request.baseline.as_ref(), deadline)
+            let answer = settle(&places, node, request.baseline.as_ref(), deadline)?;
+            settle_peer_copy(&places, node, &answer, deadline)?;
+            Ok(answer)
         }
         Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
@@ -329,6 +345,21 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             let mut report = Report::default();
             layers::install::take_back(&places.state_dir, bench.manager, bench.deadline, &mut report)?;
             Ok(report)
+        }),
+        Work::PeerCopy { hung, incident } => {
+            let help = layers::peer_copy::Help {
+                peers: &config.peer,
+                identity: places.donate_key(),
+                me: "/proc/self/exe".into(),
+                known: places.known_programs(),
+            };
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                layers::peer_copy::work(bench, &help, *hung)
+            })
+        }
+        Work::PeerBack { incident } => with_bench(request, &config, &places, *incident, deadline, |bench| {
+            let mut report = Report::default();
+            layers::peer_copy::take_back(bench, true, &mut report).map(|()| report)
         }),
         Work::InPlace { findings, incident } => {
             with_bench(request, &config, &places, *incident, deadline, |bench| {
@@ -462,6 +493,19 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     }
     store.set_trust(&newest.id, Trust::Good)?;
     Ok(Answer::Settled { id: Some(newest.id), why: None, config })
+}
+
+/// The node served for the settling time: a peer's program is its own from now on, and what it consists of is written
+/// down apart from the store.
+fn settle_peer_copy(places: &Places, node: &Node, answer: &Answer, deadline: Deadline) -> Result<()> {
+    if !matches!(answer, Answer::Settled { id: Some(_), .. }) {
+        return Ok(());
+    }
+    layers::peer_copy::conclude(node, &places.quarantine().join("peer-copy"), true, deadline)?;
+    match open_store(places)? {
+        Some(store) => layers::peer_copy::remember(&store, &places.known_programs(), deadline),
+        None => Ok(()),
+    }
 }
 
 /// One portion of the slow look. Its cursor is a help: without it a round begins anew.

@@ -6,11 +6,14 @@
 pub mod examine;
 pub mod in_place;
 pub mod install;
+pub mod lend;
 mod mend;
+pub mod peer_copy;
 pub mod quiet;
 pub mod restart;
 pub mod restore;
 pub mod system_install;
+mod trees;
 pub mod trial;
 pub mod user_install;
 

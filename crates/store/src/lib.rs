@@ -20,6 +20,7 @@ mod hex;
 mod key;
 mod layout;
 mod leftovers;
+pub mod lend;
 mod note;
 mod pack;
 mod prune;

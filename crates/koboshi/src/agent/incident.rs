@@ -23,6 +23,8 @@ use std::time::Duration;
 const MAX_ACTIONS: usize = 64;
 /// While the judge looks, the engine is asked again this often: what a start does changes the budget.
 const ASK_AGAIN_MS: u64 = 1_000;
+/// Stopping the gateway and one exchange.
+const PEER_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 /// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
 const CAME_BACK: &str = "came back from snapshot ";
 
@@ -436,6 +438,9 @@ impl Agent {
         if let Event::Failed { layer, .. } = &record.event {
             self.why_it_failed(*layer);
             self.take_back(*layer);
+            if *layer == Layer::PeerCopy {
+                self.take_peer_copy_back();
+            }
         }
         let begins = matches!(&record.event, Event::ClimbBegan { .. });
         let written = self.write(record);
@@ -526,7 +531,8 @@ impl Agent {
                 hung,
                 incident: id,
             },
-            Layer::PeerCopy | Layer::Emergency => {
+            Layer::PeerCopy => Work::PeerCopy { hung, incident: id },
+            Layer::Emergency => {
                 let why = format!("{layer} has no work in this version");
                 self.write(Record::new(clock::now(), Event::Ended { step, how: How::SpawnFailed { why } }));
                 return;
@@ -659,6 +665,23 @@ impl Agent {
         let (at, care) = self.exam_taken?;
         let fresh = clock::now().since_ms(at).is_some_and(|ms| ms < FRESH_MS);
         self.exam.clone().filter(|_| fresh && care == Care::Down)
+    }
+
+    /// A program from a peer that was never proven here does not stay when the node does not serve with it.
+    fn take_peer_copy_back(&mut self) {
+        if !layers::peer_copy::is_open(&self.node) {
+            return;
+        }
+        let incident = self.number().unwrap_or(0);
+        let baseline = self.judge.baseline().clone();
+        let work = Work::PeerBack { incident };
+        match self.runner.run("peer-back", work, &self.node, Some(&baseline), PEER_BACK_LIMIT) {
+            Ok(answer) => {
+                self.tell_report(Layer::PeerCopy, Some(answer));
+            }
+            // The next turn of the layer begins by taking it back.
+            Err(e) => self.say(&e.to_string()),
+        }
     }
 
     /// A start that failed is a reason to look again, at every byte: what it said and what a stat sweep cannot see.
@@ -930,6 +953,14 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
         (Some(IncidentKind::Latent), _) => Err("nothing is left to be repaired in place".to_owned()),
         (_, _) => Err("the node does not serve".to_owned()),
     };
+    let peer_copy = match exam.and_then(|e| e.findings.iter().find(|f| outside(f))) {
+        Some(finding) => Err(finding.what.clone()),
+        None if agent.config.peer.is_empty() => {
+            Err("no peer is configured (koboshi fleet enroll HOST)".to_owned())
+        }
+        None => agent.space_gate(),
+    };
+    let peer_inputs = inputs(Layer::PeerCopy) ^ layers::peer_copy::inputs(&agent.config.peer);
     // With nothing to be seen on disk it comes after layer 0, and then reads every byte.
     let restore = match exam.and_then(|e| e.findings.iter().find(|f| outside(f))) {
         Some(finding) => Err(finding.what.clone()),
@@ -957,15 +988,13 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
         (inputs(layer), &version, agent.nudges, &agent.sudo).hash(&mut hash);
         hash.finish()
     };
-    let later =
-        |layer: Layer| Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer));
     vec![
         Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
         Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
         Rung::new(Layer::Restore, restore, inputs(Layer::Restore)),
         Rung::new(Layer::SystemInstall, system, install_inputs(Layer::SystemInstall)),
         Rung::new(Layer::UserInstall, user, install_inputs(Layer::UserInstall)),
-        later(Layer::PeerCopy),
+        Rung::new(Layer::PeerCopy, peer_copy, peer_inputs),
     ]
 }
 

@@ -50,7 +50,10 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     node.version = node.package_version();
     patient::remember(&desk.places, &node)?;
     let info = snapshots::take(desk, &node, "accepted by the owner")?;
-    desk.store()?.set_trust(&info.id, Trust::Good)?;
+    let store = desk.store()?;
+    store.set_trust(&info.id, Trust::Good)?;
+    let known = desk.places.known_programs();
+    layers::peer_copy::remember(&store, &known, Deadline::after(BASELINE_LIMIT))?;
     if desk.agent().is_some() {
         control::give(&desk.places, &Order::Accept, ORDER_LIMIT)?;
     }

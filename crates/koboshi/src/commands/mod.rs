@@ -8,6 +8,8 @@ mod alerts;
 mod check;
 mod desk;
 mod doctor;
+pub mod donate;
+pub mod fleet;
 mod gateway;
 mod generated;
 mod incidents;
@@ -55,10 +57,14 @@ pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
         Command::Node(what) => gateway::run(&desk()?, what),
         Command::Alert(AlertCommand::Test) => alerts::test(&desk()?),
         Command::Key(KeyCommand::Export) => key::export(&desk()?),
+        Command::Fleet(what) => fleet::run(&desk()?, what),
         Command::Completions { shell } => generated::completions(*shell, printer),
         Command::Man { dir } => generated::man(dir, printer),
-        Command::Guard(_) | Command::Demo(_) | Command::Step { .. } | Command::Respond(_) => {
-            Err(Error::new(Kind::Usage, "do this", "it is no command of this kind"))
-        }
+        Command::Guard(_)
+        | Command::Demo(_)
+        | Command::Step { .. }
+        | Command::Respond(_)
+        | Command::Donate { .. }
+        | Command::Reach { .. } => Err(Error::new(Kind::Usage, "do this", "it is no command of this kind")),
     }
 }

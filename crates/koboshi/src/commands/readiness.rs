@@ -29,6 +29,8 @@ pub(super) struct Disk {
     pub(super) good: Option<String>,
     /// Why the store cannot be used, where that is so.
     pub(super) store_trouble: Option<String>,
+    /// Peers that could lend their program.
+    pub(super) peers: usize,
 }
 
 /// A quick look: what costs milliseconds, and the store's list.
@@ -38,9 +40,10 @@ pub(super) fn look(desk: &Desk, node: &Node) -> Disk {
     let good = step::open_store(&desk.places)
         .and_then(|store| store.map_or(Ok(None), |s| s.newest_trusted(None)))
         .map(|info| info.map(|i| i.id));
+    let peers = desk.config.peer.len();
     match good {
-        Ok(good) => Disk { findings, good, store_trouble: None },
-        Err(e) => Disk { findings, good: None, store_trouble: Some(e.to_string()) },
+        Ok(good) => Disk { findings, good, store_trouble: None, peers },
+        Err(e) => Disk { findings, good: None, store_trouble: Some(e.to_string()), peers },
     }
 }
 
@@ -77,7 +80,12 @@ pub(super) fn layers(desk: &Desk, node: &Node, disk: &Disk) -> Vec<Readiness> {
                 Layer::Restore | Layer::InPlace => restore.clone(),
                 Layer::SystemInstall => install.clone(),
                 Layer::UserInstall => user.clone(),
-                Layer::PeerCopy | Layer::Emergency => Err("not part of this version".to_owned()),
+                Layer::PeerCopy => match (disk.peers, space.reason()) {
+                    (0, _) => Err("no peer is configured: koboshi fleet enroll HOST".to_owned()),
+                    (_, Some(reason)) => Err(reason.to_owned()),
+                    (n, None) => Ok(format!("{n} to ask; koboshi fleet status asks them now")),
+                },
+                Layer::Emergency => Err("a state to hold, not a layer to run".to_owned()),
             };
             Readiness { layer, state }
         })

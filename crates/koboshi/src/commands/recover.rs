@@ -117,8 +117,14 @@ fn tell(desk: &Desk, node: &Node, done: &Done, took_ms: u64) {
 
 /// A layer that this version can run, by its name.
 fn layer(name: &str) -> Result<Layer> {
-    const BUILT: [Layer; 5] =
-        [Layer::InPlace, Layer::Restart, Layer::Restore, Layer::SystemInstall, Layer::UserInstall];
+    const BUILT: [Layer; 6] = [
+        Layer::InPlace,
+        Layer::Restart,
+        Layer::Restore,
+        Layer::SystemInstall,
+        Layer::UserInstall,
+        Layer::PeerCopy,
+    ];
     BUILT.into_iter().find(|l| l.name() == name).ok_or_else(|| {
         let why = if Layer::CLIMB.iter().any(|l| l.name() == name) {
             "that layer is not part of this version"
@@ -166,6 +172,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         findings: exam.findings.clone(),
         good: exam.snapshot.clone(),
         store_trouble: step::open_store(&desk.places).err().map(|e| e.to_string()),
+        peers: desk.config.peer.len(),
     };
     let mut ready = readiness::layers(desk, node, &disk);
     if let Some(only) = only {
@@ -549,7 +556,7 @@ mod tests {
     #[test]
     fn only_built_layers_are_taken_and_others_say_what_there_is() {
         assert_eq!(layer("restore").unwrap(), Layer::Restore);
-        let e = layer("peer-copy").unwrap_err();
+        let e = layer("user-install").unwrap_err();
         assert!(e.why.contains("not part"), "{e}");
         let e = layer("prayer").unwrap_err();
         assert!(e.why.contains("no such") && e.hint.unwrap().contains("restart"));

@@ -153,6 +153,18 @@ impl Fake {
         Said::of(run(&cmd, Deadline::after(COMMAND_LIMIT)).unwrap(), args)
     }
 
+    /// The same with a directory of the test's own first on the path.
+    pub fn koboshi_with_path(&self, bin: &Path, args: &[&str]) -> Said {
+        let mut cmd = self.command(args);
+        cmd.env_clear = true;
+        for (key, value) in &mut cmd.env {
+            if key == "PATH" {
+                *value = format!("{}:{}", bin.display(), value.to_string_lossy()).into();
+            }
+        }
+        Said::of(run(&cmd, Deadline::after(COMMAND_LIMIT)).unwrap(), args)
+    }
+
     /// The same with `--json`.
     pub fn json(&self, args: &[&str]) -> (Value, i32) {
         let mut all = vec!["--json"];

@@ -8,6 +8,7 @@ mod emergency;
 mod fake;
 mod gateway;
 mod install;
+mod peers;
 mod reading;
 mod recover;
 mod snapshots;

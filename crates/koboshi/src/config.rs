@@ -58,6 +58,8 @@ pub struct Config {
     pub backup: Backup,
     /// The store's limits.
     pub store: StoreLimits,
+    /// The ladder.
+    pub ladder: Climbing,
     /// Where alerts go.
     pub alert: Vec<alert::Channel>,
     /// The language of alerts; that of the environment when none.
@@ -161,6 +163,21 @@ impl Default for Backup {
             settle_s: 120,
             stale_after_s: 24 * 3600,
         }
+    }
+}
+
+/// `[ladder]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Climbing {
+    /// Layers that are passed over on this host, by their names (`system-install`, ...).
+    pub skip: Vec<engine::Layer>,
+}
+
+impl Climbing {
+    /// Why a layer is passed over, where its owner says so.
+    pub fn refuses(&self, layer: engine::Layer) -> Option<String> {
+        self.skip.contains(&layer).then(|| "switched off in the configuration ([ladder] skip)".to_owned())
     }
 }
 

@@ -988,14 +988,20 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
         (inputs(layer), &version, agent.nudges, &agent.sudo).hash(&mut hash);
         hash.finish()
     };
-    vec![
+    let mut rungs = vec![
         Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
         Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
         Rung::new(Layer::Restore, restore, inputs(Layer::Restore)),
         Rung::new(Layer::SystemInstall, system, install_inputs(Layer::SystemInstall)),
         Rung::new(Layer::UserInstall, user, install_inputs(Layer::UserInstall)),
         Rung::new(Layer::PeerCopy, peer_copy, peer_inputs),
-    ]
+    ];
+    for rung in &mut rungs {
+        if let Some(why) = agent.config.ladder.refuses(rung.layer) {
+            rung.applies = Err(why);
+        }
+    }
+    rungs
 }
 
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.

@@ -87,6 +87,7 @@ pub(super) fn layers(desk: &Desk, node: &Node, disk: &Disk) -> Vec<Readiness> {
                 },
                 Layer::Emergency => Err("a state to hold, not a layer to run".to_owned()),
             };
+            let state = desk.config.ladder.refuses(layer).map_or(state, Err);
             Readiness { layer, state }
         })
         .collect()

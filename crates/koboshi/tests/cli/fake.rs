@@ -135,7 +135,7 @@ impl Fake {
         write(
             &self.config(),
             &format!(
-                "state_dir = {:?}\nrun_dir = {:?}\n[node]\nname = {:?}\nhome = {:?}\nprefix = {:?}\nnode_bin = {:?}\n{more}",
+                "state_dir = {:?}\nrun_dir = {:?}\nladder = {{ skip = [\"system-install\", \"user-install\"] }}\n[node]\nname = {:?}\nhome = {:?}\nprefix = {:?}\nnode_bin = {:?}\n{more}",
                 self.koboshi_state(),
                 self.path("k/run"),
                 self.name,

@@ -25,7 +25,7 @@ fn a_dry_run_says_what_it_would_do_and_touches_nothing() {
     let (object, _) = fake.json(&["recover", "--dry-run", "--only", "restart"]);
     assert!(object["plan"].as_array().unwrap().iter().all(|p| p["would_try"] == false), "{object}");
     same(&before, &fake.picture(&[lock]));
-    fake.koboshi(&["recover", "--only", "system-install"]).code(2).says("not part of this version");
+    fake.koboshi(&["recover", "--only", "system-install"]).code(1).says("switched off in the configuration");
     fake.koboshi(&["recover", "--only", "restart"]).code(1).says("not clean");
 }
 

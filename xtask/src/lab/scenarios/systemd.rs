@@ -82,10 +82,14 @@ fn main_pid(host: &Host, unit: Unit) -> Result<u32, String> {
 
 /// Everything on a host but what the kernel makes: path to kind, mode, owner, size, time, and for small files the hash.
 fn picture(host: &Host) -> Result<BTreeMap<String, String>, String> {
+    // Into a file of the host, where nothing is looked at: it is longer than what a command may say.
     let script = "find / -xdev \\( -path /proc -o -path /sys -o -path /run -o -path /dev -o -path /tmp \\) -prune \
-        -o -printf '%p\\t%y %m %U %G %s %T@ %C@ %l\\n'";
-    let out = host.root_within(script, Duration::from_secs(120))?;
-    let pairs = out.out.lines().filter_map(|l| l.split_once('\t'));
+        -o -printf '%p\\t%y %m %U %G %s %T@ %C@ %l\\n' > /tmp/picture";
+    let out = host.root_within(script, Duration::from_secs(300))?;
+    let file = host.path("/tmp/picture");
+    let bytes = std::fs::read(&file).map_err(|e| format!("read {}: {e}", file.display()))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let pairs = text.lines().filter_map(|l| l.split_once('\t'));
     let picture: BTreeMap<String, String> = pairs.map(|(p, s)| (p.to_owned(), s.to_owned())).collect();
     if picture.len() < 20_000 {
         return Err(format!("only {} files were seen: {}", picture.len(), out.err));
@@ -101,14 +105,16 @@ fn changed(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) 
 }
 
 /// Where koboshi may write when it is installed as a service of root, and the directories these lie in.
-const OWN: [&str; 4] = [
+const OWN: [&str; 5] = [
+    // What it had to tell the owner and could tell nowhere else.
+    "/home/claw/koboshi-alerts.txt",
     "/etc/koboshi",
     "/var/lib/koboshi",
     "/etc/systemd/system/koboshi.service",
     "/etc/systemd/system/multi-user.target.wants/koboshi.service",
 ];
-const OWN_PARENTS: [&str; 4] =
-    ["/etc", "/var/lib", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"];
+const OWN_PARENTS: [&str; 5] =
+    ["/home/claw", "/etc", "/var/lib", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"];
 /// What a serving gateway and the host's own journal write by themselves all the time.
 const NODES_OWN: [&str; 5] = [
     "/home/claw/.openclaw/state/openclaw.sqlite",
@@ -168,7 +174,13 @@ pub(super) fn install(play: &mut Play) -> Result<(), String> {
         let fourth = picture(host)?;
         let left = foreign(changed(&first, &fourth));
         play.claim(left.is_empty(), "uninstalling changes nothing of others either", || format!("{left:?}"));
-        let own: Vec<&str> = OWN.into_iter().filter(|p| fourth.contains_key(*p)).collect();
+        // A drop-in that a person wrote is not koboshi's to remove; here the lab wrote one.
+        // What it told the owner is the owner's.
+        let told = "/home/claw/koboshi-alerts.txt";
+        let kept = ["/etc/koboshi", "/etc/koboshi/koboshi.d", "/etc/koboshi/koboshi.d/lab.toml", told];
+        let below = |p: &str| OWN.iter().any(|o| p == *o || p.starts_with(&format!("{o}/")));
+        let own: Vec<&String> =
+            fourth.keys().filter(|p| below(p.as_str()) && !kept.contains(&p.as_str())).collect();
         play.claim(own.is_empty(), "and leaves nothing of its own when told to purge", || format!("{own:?}"));
         let rest = host.must("pgrep -c koboshi; true")?;
         play.claim(rest == "0", "no process of koboshi's is left", || rest.clone());

@@ -153,7 +153,9 @@ fn order(root: &Path) -> Vec<String> {
         };
         let manifest = std::fs::read_to_string(dir.join("Cargo.toml")).unwrap_or_default();
         for dependency in dependencies(&manifest) {
-            if ORDER.iter().position(|c| *c == dependency).is_some_and(|p| p <= place) {
+            // On itself: its own tests with a feature that only they switch on.
+            let above = ORDER.iter().position(|c| *c == dependency).is_some_and(|p| p <= place);
+            if above && dependency != name {
                 broken.push(format!("crates/{name} depends on {dependency}, which is not below it"));
             }
         }

@@ -147,8 +147,13 @@ fn talk(
 }
 
 fn client() -> Client {
-    let options =
-        Options { proxies: Proxies::default(), only_ca_pem: vec![], extra_ca_file: None, verify: true };
+    let options = Options {
+        proxies: Proxies::default(),
+        only_ca_pem: vec![],
+        extra_ca_file: None,
+        verify: true,
+        idle: 2,
+    };
     Client::new(&options).unwrap()
 }
 

@@ -45,8 +45,12 @@ pub enum Kind {
 pub enum Notice {
     /// No good snapshot of some class for too long.
     BackupStale,
+    /// Stored bytes were damaged, and nobody else has them.
+    StoreDamaged,
     /// Something is wrong that koboshi may not or need not repair.
     LeftAlone,
+    /// Damage on disk could not be mended; the node serves, and it is tried again.
+    NotMended,
     /// The owner disabled, masked or stopped the node: it stays down.
     StoppedByOwner,
     /// An enabled unit was stopped without a word; it was started again, once.
@@ -79,7 +83,9 @@ impl Notice {
     pub fn name(self) -> &'static str {
         match self {
             Notice::BackupStale => "backup-stale",
+            Notice::StoreDamaged => "store-damaged",
             Notice::LeftAlone => "left-alone",
+            Notice::NotMended => "not-mended",
             Notice::StoppedByOwner => "stopped-by-owner",
             Notice::StartedAgain => "started-again",
             Notice::RepairedInPlace => "repaired-in-place",
@@ -126,6 +132,8 @@ impl Kind {
             Kind::Closing => Severity::Info,
             Kind::Notice(n) => match n {
                 Notice::BackupStale
+                | Notice::StoreDamaged
+                | Notice::NotMended
                 | Notice::Degraded
                 | Notice::OwnSide
                 | Notice::JournalUnwritable
@@ -188,6 +196,8 @@ pub struct Facts {
     pub layer: Option<Layer>,
     /// Milliseconds without service, for a closing message; 0 when it never stopped serving.
     pub down_ms: f64,
+    /// The node serves, or never stopped serving: an opening tells of damage then, and a closing of its end.
+    pub serves: bool,
     /// The command that puts back what the recovery replaced; `None` when it replaced nothing.
     pub undo: Option<String>,
     /// What to do, where the table's own advice is not enough (one line, usually a command).
@@ -220,13 +230,14 @@ impl Message {
     /// Renders the event in a language. Every length is bounded here, once.
     #[must_use]
     pub fn new(kind: Kind, facts: &Facts, language: Language) -> Message {
-        let (title, advice) = sentences(language, kind);
+        let (title, advice) = sentences(language, kind, facts.serves);
         let mut lines = Vec::new();
         if kind == Kind::Closing {
             lines.push(healed(language, facts.layer, facts.down_ms));
         }
         if !facts.why.is_empty() {
-            lines.push(one_line(&facts.why, FACT_LIMIT_CHARS));
+            let why = one_line(&facts.why, FACT_LIMIT_CHARS);
+            lines.push(if kind == Kind::Closing { was(language, &why) } else { why });
         }
         lines.extend(
             facts.details.iter().take(DETAIL_LIMIT).map(|d| format!("- {}", one_line(d, FACT_LIMIT_CHARS))),
@@ -277,9 +288,14 @@ impl Message {
 }
 
 /// The table: a title and lines of advice per kind. `{node}`, `{host}` and `{incident}` are filled in.
-fn sentences(language: Language, kind: Kind) -> (&'static str, &'static [&'static str]) {
+fn sentences(language: Language, kind: Kind, serves: bool) -> (&'static str, &'static [&'static str]) {
     match language {
         Language::English => match kind {
+            Kind::Opening if serves => (
+                "{node} on {host} is damaged on disk; it still serves",
+                &["koboshi is putting it right. You need not do anything."],
+            ),
+            Kind::Closing if serves => ("{node} on {host} is whole again", &[]),
             Kind::Opening => {
                 ("{node} on {host} is down", &["koboshi is putting it right. You need not do anything."])
             }
@@ -302,9 +318,23 @@ fn notice_in_english(notice: Notice) -> (&'static str, &'static [&'static str]) 
             "{node} on {host} has no recent good backup",
             &["Why, and how to mend it: koboshi doctor. Take one now: koboshi snapshot create"],
         ),
+        Notice::StoreDamaged => (
+            "part of a backup of {node} on {host} is lost",
+            &[
+                "A new one is taken by itself. What is damaged: koboshi snapshot verify. If it comes back, look at the disk.",
+            ],
+        ),
         Notice::LeftAlone => {
             ("{node} on {host} was left as it is", &["To have it put right all the same: koboshi recover"])
         }
+        Notice::NotMended => (
+            "{node} on {host} serves, but damage on its disk could not be mended",
+            &[
+                "It is no outage: nothing is interrupted for it. koboshi tries again by itself, at once when something \
+                 changes (a good snapshot, for example).",
+                "What was tried and why it failed: koboshi incidents show {incident}",
+            ],
+        ),
         Notice::StoppedByOwner => (
             "{node} on {host} was stopped on purpose and stays down",
             &["To start it and have it guarded again: koboshi node start"],
@@ -372,6 +402,12 @@ fn healed(language: Language, layer: Option<Layer>, down_ms: f64) -> String {
                 format!("{by}; it never stopped serving.")
             }
         }
+    }
+}
+
+fn was(language: Language, why: &str) -> String {
+    match language {
+        Language::English => format!("It was: {why}"),
     }
 }
 
@@ -462,12 +498,14 @@ mod tests {
         }
     }
 
-    const EVERY: [Kind; 17] = [
+    const EVERY: [Kind; 19] = [
         Kind::Opening,
         Kind::Emergency,
         Kind::Closing,
         Kind::Notice(Notice::BackupStale),
+        Kind::Notice(Notice::StoreDamaged),
         Kind::Notice(Notice::LeftAlone),
+        Kind::Notice(Notice::NotMended),
         Kind::Notice(Notice::StoppedByOwner),
         Kind::Notice(Notice::StartedAgain),
         Kind::Notice(Notice::RepairedInPlace),
@@ -492,6 +530,17 @@ mod tests {
             assert!(m.text.lines().count() >= 2, "nothing to do: {m:?}");
             assert_eq!(m.key, format!("2026-11-22-1/{}", kind.name()));
         }
+    }
+
+    #[test]
+    fn what_serves_is_never_told_to_be_down() {
+        let f = Facts { serves: true, ..facts() };
+        let title = |kind| Message::new(kind, &f, Language::English).title;
+        assert_eq!(title(Kind::Opening), "main on attic is damaged on disk; it still serves");
+        assert_eq!(title(Kind::Closing), "main on attic is whole again");
+        let m = Message::new(Kind::Notice(Notice::NotMended), &f, Language::English);
+        assert!(m.title.contains("serves") && !m.title.contains("down"), "{}", m.title);
+        assert_eq!(m.kind.severity(), Severity::Warning, "a person may help, and need not at once");
     }
 
     #[test]

@@ -39,7 +39,9 @@ pub fn apply(state: &mut State, record: &Record) -> Result<(), Illegal> {
         }
         Event::Escalated { kind, cause, findings } => escalated(state, *kind, cause, findings)?,
         Event::Noticed { findings } => notice(open(state)?, findings),
-        Event::ClimbBegan { climb, full, why: _ } => climb_began(open(state)?, t, *climb, *full)?,
+        Event::ClimbBegan { climb, full, only, why: _ } => {
+            climb_began(open(state)?, t, *climb, *full, *only)?;
+        }
         Event::Passed { layer, reason: _ } => passed(open(state)?, *layer)?,
         Event::Intent { step, layer, attempt, deadline, turn_ms, inputs } => {
             let deadline_ms = t.saturating_add(deadline.since_ms(record.at).unwrap_or(0));
@@ -159,8 +161,10 @@ fn notice(incident: &mut Incident, findings: &[Finding]) {
 
 fn escalated(state: &mut State, kind: IncidentKind, cause: &str, findings: &[Finding]) -> Legal {
     let incident = open(state)?;
-    must(incident.kind == IncidentKind::Latent, "only a latent incident escalates")?;
-    must(kind != IncidentKind::Latent, "an escalation makes it worse")?;
+    must(
+        incident.may_become(kind),
+        "only the damage of a node that serves escalates, and to something worse",
+    )?;
     incident.kind = kind;
     incident.cause = cause.to_owned();
     incident.word = None;
@@ -173,18 +177,18 @@ fn escalated(state: &mut State, kind: IncidentKind, cause: &str, findings: &[Fin
     Ok(())
 }
 
-fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool) -> Legal {
+fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool, only: Option<Layer>) -> Legal {
     must(number == incident.climbs.saturating_add(1), "climbs are numbered without gaps")?;
+    must(incident.may_try(only), "a node that serves is repaired in place, and only that one")?;
     let fallen = incident.fallen();
     let by_schedule = match &incident.stage {
-        Stage::Fresh => true,
+        Stage::Fresh => only.is_none(),
         Stage::Climbing(climb) => {
-            must(
-                climb.in_place && incident.kind != IncidentKind::Latent,
-                "a climb ends before the next begins",
-            )?;
+            let escalated = climb.in_place && incident.kind != IncidentKind::Latent;
+            let asked = climb.only.is_some() && climb.is_over(t);
+            must(escalated || asked, "a climb ends before the next begins")?;
             must(incident.live().is_none(), "a climb begins when every container is empty")?;
-            true
+            escalated && only.is_none()
         }
         Stage::Holding(hold) => match hold.kind {
             HoldKind::Degraded => {
@@ -193,8 +197,10 @@ fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool) -> Lega
             }
             HoldKind::Emergency | HoldKind::Latent => {
                 let waited_ms = t.saturating_sub(hold.since_ms);
-                must(t >= hold.retry_ms || waited_ms >= EVIDENCE_GAP_MS, "climbs keep their distance")?;
-                t >= hold.retry_ms
+                // A person who asks is not kept waiting.
+                let kept = t >= hold.retry_ms || waited_ms >= EVIDENCE_GAP_MS;
+                must(kept || only.is_some(), "climbs keep their distance")?;
+                t >= hold.retry_ms && only.is_none()
             }
         },
     };
@@ -211,6 +217,7 @@ fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool) -> Lega
         number,
         full,
         in_place: incident.kind == IncidentKind::Latent,
+        only,
         began_ms: t,
         reboots: 0,
         done: None,
@@ -509,11 +516,11 @@ fn recovered(state: &mut State, at: Moment, t: u64, layer: Option<Layer>, from_e
 
 fn emergency(incident: &mut Incident, t: u64, retry_in_ms: u64, evidence: u64) -> Legal {
     must(incident.live().is_none(), "emergency is entered when every container is empty")?;
+    let serves = incident.still_serves(t);
     let climb = incident.climbing()?;
-    must(!climb.in_place, "a node that serves is not in emergency")?;
-    let spent = t >= climb.began_ms.saturating_add(CLIMB_WORK_MS) || climb.reboots > MAX_REBOOTS;
-    let tried = climb.turn.is_none() && climb.next_layer().is_none();
-    must(spent || tried, "every layer has its turn before emergency")?;
+    must(!climb.in_place && !serves, "a node that serves is not in emergency")?;
+    must(climb.only.is_none(), "one layer that was asked for is not all that can be tried")?;
+    must(climb.is_over(t), "every layer has its turn before emergency")?;
     // A start that was left alone may still come up; its layer is then told.
     let layer = climb.turn.as_ref().and_then(|turn| match turn.phase {
         Phase::Judging { refused: false, .. } => Some(turn.layer),
@@ -540,8 +547,12 @@ fn emergency(incident: &mut Incident, t: u64, retry_in_ms: u64, evidence: u64) -
 
 fn postponed(incident: &mut Incident, t: u64, retry_in_ms: u64, evidence: u64) -> Legal {
     must(incident.live().is_none(), "a climb ends when every container is empty")?;
+    let serves = incident.still_serves(t);
     let climb = incident.climbing()?;
-    must(climb.in_place, "only an in-place repair is postponed")?;
+    must(
+        climb.in_place || (serves && climb.only.is_none() && climb.is_over(t)),
+        "only the damage of a node that serves is postponed",
+    )?;
     let retry_ms = t.saturating_add(retry_in_ms);
     incident.word = None;
     incident.stage = Stage::Holding(Hold {
@@ -653,6 +664,7 @@ fn close(state: &mut State, at: Moment, t: u64, outcome: Outcome, layer: Option<
         outcome,
         layer,
         from_emergency: incident.emergency,
+        uninterrupted: incident.kind == IncidentKind::Latent,
         why,
         opened: incident.opened,
         closed: at,
@@ -690,6 +702,41 @@ impl Incident {
                 .is_some_and(|word| word.confirmed && word.verdict.is_serving() && !word.clean)
     }
 
+    /// The judge has just said for certain that a damaged node serves, gone or not as the damage may be. An outage that
+    /// serves is over; only damage can outlast that.
+    pub(crate) fn still_serves(&self, t: u64) -> bool {
+        self.kind == IncidentKind::Damage
+            && self.word.as_ref().is_some_and(|word| {
+                word.confirmed
+                    && word.verdict.is_serving()
+                    && t <= word.at_ms.saturating_add(crate::WORD_FRESH_MS)
+            })
+    }
+
+    /// Whether it waits because its damage could not be mended while the node serves.
+    pub(crate) fn damage_waits(&self) -> bool {
+        match &self.stage {
+            Stage::Holding(hold) => hold.kind == HoldKind::Latent,
+            Stage::Fresh | Stage::Climbing(_) => false,
+        }
+    }
+
+    /// Whether it may be made worse than it is: latent damage at any time, other damage only while it waits (its climb
+    /// interrupts the node by itself).
+    pub(crate) fn may_become(&self, kind: IncidentKind) -> bool {
+        match (self.kind, kind) {
+            (IncidentKind::Latent, IncidentKind::Damage | IncidentKind::Outage) => true,
+            (IncidentKind::Damage, IncidentKind::Outage) => self.damage_waits(),
+            (IncidentKind::Latent | IncidentKind::Damage, _) | (IncidentKind::Outage, _) => false,
+        }
+    }
+
+    /// Whether a climb may be restricted to this layer.
+    pub(crate) fn may_try(&self, only: Option<Layer>) -> bool {
+        let latent = self.kind == IncidentKind::Latent;
+        only.is_none_or(|layer| if latent { layer == Layer::InPlace } else { Layer::CLIMB.contains(&layer) })
+    }
+
     /// The judge has said for certain that the node does not serve.
     pub(crate) fn fallen(&self) -> bool {
         self.word.as_ref().is_some_and(|word| match word.verdict {
@@ -717,7 +764,16 @@ impl Climb {
         if self.in_place {
             return self.done.is_none().then_some(Layer::InPlace);
         }
+        if let Some(only) = self.only {
+            return self.done.is_none().then_some(only);
+        }
         Layer::CLIMB.into_iter().find(|layer| self.done.is_none_or(|done| *layer > done))
+    }
+
+    /// Whether all that it could try was tried, or its time is up.
+    pub(crate) fn is_over(&self, t: u64) -> bool {
+        let spent = t >= self.began_ms.saturating_add(CLIMB_WORK_MS) || self.reboots > MAX_REBOOTS;
+        spent || (self.turn.is_none() && self.next_layer().is_none())
     }
 
     /// Whether layer 1 may have its second turn: its first start failed and showed something new.

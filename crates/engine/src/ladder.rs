@@ -16,6 +16,9 @@ pub struct Ladder {
     pub start: StartLook,
     /// Set while nothing may be touched: paused, watch mode, the owner's will. One line for people.
     pub hands_off: Option<String>,
+    /// A person asked for this layer alone: the next climb is restricted to it and begins at once. The caller forgets
+    /// the order when that climb has begun, or when the incident is closed.
+    pub only: Option<Layer>,
     /// Whether the journal takes records. If not, the fold goes on in memory and only layer 0 is tried.
     pub journal_ok: bool,
     /// Hash of everything outside that could make a failed climb succeed: registry reachable, disk space,
@@ -81,6 +84,7 @@ impl Ladder {
             holding: None,
             start: StartLook::default(),
             hands_off: None,
+            only: None,
             journal_ok: true,
             evidence: 0,
             jitter_permille: 0,

@@ -152,7 +152,7 @@ pub fn next(state: &State, ladder: &Ladder, now: Moment) -> Action {
         };
     }
     match &incident.stage {
-        Stage::Fresh => match ask.good_end(incident, None) {
+        Stage::Fresh => match ask.good_end(incident, None).or_else(|| ask.asked(incident)) {
             Some(action) => action,
             None => ask.begin(incident, false, incident.cause.clone()),
         },
@@ -265,7 +265,14 @@ impl Ask<'_> {
     }
 
     fn begin(&self, incident: &Incident, full: bool, why: String) -> Action {
-        self.note(Event::ClimbBegan { climb: incident.climbs.saturating_add(1), full, why })
+        self.note(Event::ClimbBegan { climb: incident.climbs.saturating_add(1), full, only: None, why })
+    }
+
+    /// The climb that a person asked for, restricted to one layer.
+    fn asked(&self, incident: &Incident) -> Option<Action> {
+        let layer = self.ladder.only.filter(|layer| incident.may_try(Some(*layer)))?;
+        let (climb, why) = (incident.climbs.saturating_add(1), "asked for by hand".to_owned());
+        Some(self.note(Event::ClimbBegan { climb, full: false, only: Some(layer), why }))
     }
 
     /// The node serves, confirmed: what to write.
@@ -318,6 +325,19 @@ impl Ask<'_> {
 
     /// The climb is over without success.
     fn give_up(&self, incident: &Incident, climb: &Climb, why: &str) -> Action {
+        if climb.only.is_some() && !climb.in_place {
+            // Who asked for one layer did not ask for the node to stay down.
+            return self.begin(incident, false, "the layer that was asked for did not right it".to_owned());
+        }
+        let end_ms = climb.began_ms.saturating_add(CLIMB_WORK_MS);
+        if incident.kind == IncidentKind::Damage
+            && !incident.fallen()
+            && !incident.still_serves(self.t)
+            && self.t < end_ms
+        {
+            // It served when this began. Whether it does now decides what is told: the judge says so first.
+            return self.judge(None, Look::Brief, end_ms);
+        }
         let last = RETRY_MS.len().saturating_sub(1);
         let index = usize::try_from(incident.scheduled.saturating_sub(1)).unwrap_or(last).min(last);
         let wait_ms = RETRY_MS.get(index).copied().unwrap_or(0);
@@ -329,7 +349,7 @@ impl Ask<'_> {
             wait_ms.saturating_add(jitter_ms)
         };
         let (why, evidence) = (why.to_owned(), self.ladder.evidence);
-        self.note(if climb.in_place {
+        self.note(if climb.in_place || incident.still_serves(self.t) {
             Event::Postponed { why, retry_in_ms, evidence }
         } else {
             Event::Emergency { why, retry_in_ms, evidence }
@@ -346,7 +366,7 @@ impl Ask<'_> {
             && let Ok(rung) = self.ladder.applies(Layer::Restore)
             && !incident.failed_inputs.contains(&(Layer::Restore, rung.inputs))
             && self.free_of_stuck(Layer::Restore)
-            && let Ok(action) = self.spawn(incident, rung, end_ms, true)
+            && let Ok(action) = self.spawn(incident, climb, rung, end_ms, true)
         {
             return action;
         }
@@ -366,7 +386,7 @@ impl Ask<'_> {
             if !self.free_of_stuck(layer) {
                 return Err("a container of its last try could not be ended".to_owned());
             }
-            self.spawn(incident, rung, end_ms, false)
+            self.spawn(incident, climb, rung, end_ms, false)
         });
         match begun {
             Ok(action) => action,
@@ -379,8 +399,15 @@ impl Ask<'_> {
     }
 
     /// A layer's first attempt.
-    fn spawn(&self, incident: &Incident, rung: &Rung, end_ms: u64, wider: bool) -> Result<Action, String> {
-        let later_ms: u64 = if rung.layer == Layer::InPlace {
+    fn spawn(
+        &self,
+        incident: &Incident,
+        climb: &Climb,
+        rung: &Rung,
+        end_ms: u64,
+        wider: bool,
+    ) -> Result<Action, String> {
+        let later_ms: u64 = if climb.in_place || climb.only.is_some() {
             0
         } else {
             later(self.ladder, rung.layer, &incident.failed_inputs).map(|rung| rung.least_slice_ms).sum()
@@ -514,6 +541,9 @@ impl Ask<'_> {
         if incident.fallen() {
             return self.fail(turn, "the start did not bring it to serve");
         }
+        if incident.damaged_again() {
+            return self.fail(turn, "it serves, and the damage is still there");
+        }
         let until_ms = if self.ladder.start_holds() { end_ms } else { turn.end_ms.min(end_ms) };
         if self.t >= until_ms {
             return self.fail(turn, "the start did not come to an end in its time");
@@ -571,7 +601,7 @@ impl Ask<'_> {
                 None
             }
             HoldKind::Emergency | HoldKind::Latent => {
-                if let Some(action) = self.good_end(incident, hold.layer) {
+                if let Some(action) = self.good_end(incident, hold.layer).or_else(|| self.asked(incident)) {
                     return action;
                 }
                 // The message goes out before anything else is begun.
@@ -582,7 +612,10 @@ impl Ask<'_> {
                 let gap_ms = hold.since_ms.saturating_add(EVIDENCE_GAP_MS);
                 let due_ms = if changed { gap_ms.min(hold.retry_ms) } else { hold.retry_ms };
                 if self.t >= due_ms && !self.ladder.start_holds() {
-                    let full = self.t >= hold.retry_ms
+                    // A node that serves is not interrupted again by what has failed on these very inputs.
+                    let spared = hold.kind == HoldKind::Latent && incident.kind == IncidentKind::Damage;
+                    let full = !spared
+                        && self.t >= hold.retry_ms
                         && usize::try_from(incident.scheduled).is_ok_and(|climbs| climbs >= RETRY_MS.len());
                     let why = if self.t >= hold.retry_ms { "it is time again" } else { "something changed" };
                     return self.begin(incident, full, why.to_owned());

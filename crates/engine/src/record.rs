@@ -99,7 +99,7 @@ pub enum AlertKind {
     Opening,
     /// All layers failed.
     Emergency,
-    /// Damage could not be repaired in place; the node still serves.
+    /// Damage could not be mended; the node still serves.
     InPlaceFailed,
     /// The journal cannot be written: only layer 0 is tried.
     Journal,
@@ -179,6 +179,9 @@ pub enum Event {
         climb: u32,
         /// Whether layers that failed on the same inputs are tried again.
         full: bool,
+        /// The one layer that a person asked for; the others have no turn in this climb.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        only: Option<Layer>,
         /// Why now.
         why: String,
     },
@@ -289,7 +292,7 @@ pub enum Event {
         /// Hash of the outer evidence at this moment; a change brings the next climb forward.
         evidence: u64,
     },
-    /// An in-place repair failed while the node serves; it is tried again later.
+    /// Damage could not be mended while the node serves, in place or by any layer; it is tried again later.
     Postponed {
         /// One line why.
         why: String,

@@ -142,6 +142,9 @@ pub struct Climb {
     pub full: bool,
     /// Only layer in-place: the node serves.
     pub in_place: bool,
+    /// Only this layer: a person asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only: Option<Layer>,
     /// Engine time of its first record.
     pub began_ms: u64,
     /// Reboots during it.
@@ -250,7 +253,7 @@ pub struct Hold {
 pub enum HoldKind {
     /// Layer 5: alert, answer, keep trying.
     Emergency,
-    /// Damage could not be repaired in place; the node serves.
+    /// Damage could not be mended; the node serves.
     Latent,
     /// The node serves and will be whole when it releases itself.
     Degraded,
@@ -267,6 +270,9 @@ pub struct Closed {
     pub layer: Option<Layer>,
     /// Whether emergency had been entered.
     pub from_emergency: bool,
+    /// The trouble was only ever latent damage: the node never stopped serving.
+    #[serde(default)]
+    pub uninterrupted: bool,
     /// One line for people: the cause, or why it was left alone.
     pub why: String,
     /// When it was opened.
@@ -347,7 +353,8 @@ impl State {
         self.closed.as_ref().is_some_and(|closed| closed.outcome == Outcome::LeftAlone && closed.why == why)
     }
 
-    /// The record that escalates an open latent incident; `None` when there is none or it was escalated before.
+    /// The record that escalates an open incident of a node that serves: latent damage, or damage that could not be
+    /// mended; `None` when there is none or it was escalated before.
     #[must_use]
     pub fn escalate(
         &self,
@@ -356,8 +363,9 @@ impl State {
         cause: impl Into<String>,
         findings: Vec<Finding>,
     ) -> Option<Record> {
-        let latent = self.incident.as_ref().is_some_and(|incident| incident.kind == IncidentKind::Latent);
-        (latent && kind != IncidentKind::Latent)
+        self.incident
+            .as_ref()
+            .is_some_and(|incident| incident.may_become(kind))
             .then(|| Record::new(now, Event::Escalated { kind, cause: cause.into(), findings }))
     }
 
@@ -385,7 +393,10 @@ impl State {
             Verdict::NotServing { .. } | Verdict::Inconclusive { .. } => false,
         };
         let t = self.time_ms(now);
-        !same || (closes && incident.served(word.at_ms) && !incident.served(t))
+        // At the end of a climb for damage a fresh word says what is to be told.
+        let climbing = matches!(incident.stage, Stage::Climbing(_));
+        let decides = climbing && incident.still_serves(word.at_ms) && !incident.still_serves(t);
+        !same || decides || (closes && incident.served(word.at_ms) && !incident.served(t))
     }
 
     /// Engine time at `now`.
@@ -424,6 +435,12 @@ impl State {
             Some(Stage::Climbing(climb)) => Some(climb),
             Some(Stage::Fresh | Stage::Holding(_)) | None => None,
         }
+    }
+
+    /// Whether the open incident waits because its damage could not be mended while the node serves.
+    #[must_use]
+    pub fn damage_waits(&self) -> bool {
+        self.incident.as_ref().is_some_and(Incident::damage_waits)
     }
 
     /// Whether the node is in emergency now.

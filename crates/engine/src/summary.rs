@@ -95,7 +95,7 @@ pub fn tell<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<Told> {
             count(one, &record.event);
         }
         let after_ms = one.took_ms;
-        if let Some(what) = line(&record.event)
+        if let Some(what) = again(one, &record.event).or_else(|| line(&record.event))
             && (open || matches!(record.event, Event::AlertDone { .. }))
             && one.lines.len() < MAX_LINES
         {
@@ -134,6 +134,16 @@ fn count(one: &mut Told, event: &Event) {
     }
 }
 
+/// What would only say the cause again, which stands in the title: shorter.
+fn again(one: &Told, event: &Event) -> Option<String> {
+    if let Event::ClimbBegan { climb, full: false, only: None, why } = event
+        && *why == one.cause
+    {
+        return Some(format!("climb {climb} begins"));
+    }
+    None
+}
+
 fn by(layer: Option<Layer>) -> String {
     layer.map_or_else(|| "by itself".to_owned(), |layer| format!("by {layer}"))
 }
@@ -148,7 +158,8 @@ pub fn line(event: &Event) -> Option<String> {
                 IncidentKind::Damage => "damage",
                 IncidentKind::Latent => "latent damage",
             };
-            let more: Vec<&str> = findings.iter().map(|finding| finding.what.as_str()).collect();
+            let more = findings.iter().map(|finding| finding.what.as_str());
+            let more: Vec<&str> = more.filter(|what| !cause.contains(what)).collect();
             if more.is_empty() {
                 format!("{kind}: {cause}")
             } else {
@@ -160,7 +171,10 @@ pub fn line(event: &Event) -> Option<String> {
             let what: Vec<&str> = findings.iter().map(|finding| finding.what.as_str()).collect();
             format!("noticed: {}", what.join("; "))
         }
-        Event::ClimbBegan { climb, full, why } => {
+        Event::ClimbBegan { climb, only: Some(layer), why, .. } => {
+            format!("climb {climb} ({layer} only): {why}")
+        }
+        Event::ClimbBegan { climb, full, only: None, why } => {
             format!("climb {climb}{}: {why}", if *full { " (all layers)" } else { "" })
         }
         Event::Passed { layer, reason } => format!("{layer}: passed, {reason}"),

@@ -36,7 +36,10 @@ fn climb(script: Script, ladder: &mut Ladder, kind: IncidentKind) -> (State, Vec
     for _ in 0..500 {
         match next(&state, ladder, at(now)) {
             Action::Note { record } => {
-                let over = matches!(record.event, Event::Recovered { .. } | Event::Emergency { .. });
+                let over = matches!(
+                    record.event,
+                    Event::Recovered { .. } | Event::Emergency { .. } | Event::Postponed { .. }
+                );
                 write(&mut state, &mut journal, record);
                 if over {
                     return (state, journal);
@@ -175,7 +178,7 @@ fn a_slow_start_that_progresses_gets_the_later_layers_slices() {
     write(
         &mut state,
         &mut journal,
-        Record::new(at(0), Event::ClimbBegan { climb: 1, full: false, why: String::new() }),
+        Record::new(at(0), Event::ClimbBegan { climb: 1, full: false, only: None, why: String::new() }),
     );
     // Somebody's start is under way: it is waited for to the end of the climb's work.
     match next(&state, &ladder, at(1)) {
@@ -248,6 +251,94 @@ fn a_paused_incident_is_left_alone_with_one_message() {
     assert!(state.left_alone("paused"));
 }
 
+#[test]
+fn damage_that_nothing_can_mend_is_no_emergency_while_the_node_serves() {
+    let mut ladder = Ladder::new(Vec::new());
+    let mut state = State::default();
+    let mut journal = Vec::new();
+    let opened = state.open(at(0), IncidentKind::Damage, "a database is gone", Vec::new()).unwrap();
+    write(&mut state, &mut journal, opened);
+    let mut now = 1;
+    // Every layer is passed; then it is asked whether the node serves.
+    let until = loop {
+        match next(&state, &ladder, at(now)) {
+            Action::Note { record } => write(&mut state, &mut journal, record),
+            Action::Alert { .. } => state.alerts.clear(),
+            Action::Judge { until, .. } => break until,
+            other => panic!("{other:?}"),
+        }
+        now += 1;
+    };
+    assert!(!state.in_emergency() && until.ms <= 600_000);
+    let judged = |verdict| Event::Judged { verdict, confirmed: true, clean: false };
+    let serving = judged(Verdict::Serving { degraded: Vec::new() });
+    let fell = judged(Verdict::NotServing { why: "gone".to_owned() });
+    let mut fallen = state.clone();
+    apply(&mut fallen, &Record::new(at(now), fell)).unwrap();
+    let Action::Note { record } = next(&fallen, &ladder, at(now)) else { panic!() };
+    assert!(matches!(record.event, Event::Emergency { .. }), "{record:?}");
+
+    write(&mut state, &mut journal, Record::new(at(now), serving));
+    let mut lie = state.clone();
+    let emergency = Event::Emergency { why: String::new(), retry_in_ms: 1, evidence: 0 };
+    assert!(apply(&mut lie, &Record::new(at(now), emergency)).is_err());
+    let Action::Note { record } = next(&state, &ladder, at(now)) else { panic!() };
+    assert!(matches!(record.event, Event::Postponed { .. }), "{record:?}");
+    write(&mut state, &mut journal, record);
+    assert!(state.damage_waits());
+    let wanted: Vec<AlertKind> = state.alerts.iter().map(|alert| alert.key.kind).collect();
+    assert_eq!(wanted, [AlertKind::InPlaceFailed], "one notice, and it is no emergency");
+    // It waits for its time; if it falls meanwhile, it is climbed for at once.
+    state.alerts.clear();
+    let Action::Idle { until: Some(until) } = next(&state, &ladder, at(now + 1)) else { panic!() };
+    assert!(until.ms > 240_000);
+    let worse = state.escalate(at(now + 2), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+    write(&mut state, &mut journal, worse);
+    ladder.rungs.push(Rung::new(Layer::Restart, Ok(()), 1));
+    let Action::Note { record } = next(&state, &ladder, at(now + 3)) else { panic!() };
+    assert!(matches!(record.event, Event::ClimbBegan { .. }));
+}
+
+#[test]
+fn one_layer_that_was_asked_for_is_tried_alone_and_then_all_of_them() {
+    let mut ladder = ladder();
+    let mut state = State::default();
+    let mut journal = Vec::new();
+    let opened = state.open(at(0), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+    write(&mut state, &mut journal, opened);
+    state.alerts.clear();
+    ladder.only = Some(Layer::InPlace);
+    let Action::Note { record } = next(&state, &ladder, at(1)) else { panic!() };
+    assert!(matches!(record.event, Event::ClimbBegan { only: None, .. }), "not for a node that is down");
+    ladder.only = Some(Layer::SystemInstall);
+    let Action::Note { record } = next(&state, &ladder, at(1)) else { panic!() };
+    let asked = Event::ClimbBegan {
+        climb: 1,
+        full: false,
+        only: Some(Layer::SystemInstall),
+        why: "asked for by hand".to_owned(),
+    };
+    assert_eq!(record.event, asked);
+    write(&mut state, &mut journal, record);
+    ladder.only = None;
+    let Action::Spawn { intent, layer, step, .. } = next(&state, &ladder, at(2)) else { panic!() };
+    assert_eq!(layer, Layer::SystemInstall);
+    write(&mut state, &mut journal, intent);
+    for event in [
+        Event::Ended { step, how: How::TimedOut },
+        Event::Emptied { step, killed: 1, claim: Claim::Nothing { why: "it hung".to_owned() } },
+        Event::Failed { layer, why: "it hung".to_owned() },
+    ] {
+        write(&mut state, &mut journal, Record::new(at(150_000), event));
+    }
+    let emergency = Event::Emergency { why: String::new(), retry_in_ms: 1, evidence: 0 };
+    assert!(apply(&mut state.clone(), &Record::new(at(150_001), emergency)).is_err());
+    let Action::Note { record } = next(&state, &ladder, at(150_001)) else { panic!() };
+    assert!(matches!(record.event, Event::ClimbBegan { climb: 2, only: None, .. }), "{record:?}");
+    write(&mut state, &mut journal, record);
+    assert!(matches!(next(&state, &ladder, at(150_002)), Action::Spawn { layer: Layer::Restart, .. }));
+}
+
 fn finding() -> Finding {
     Finding { kind: FaultKind::Notice, class: None, what: "x".to_owned(), evidence: Vec::new() }
 }
@@ -293,11 +384,8 @@ fn events() -> impl Strategy<Value = Event> {
             findings: vec![finding()]
         }),
         kinds().prop_map(|kind| Event::Escalated { kind, cause: String::new(), findings: Vec::new() }),
-        (0u32..4, any::<bool>()).prop_map(|(climb, full)| Event::ClimbBegan {
-            climb,
-            full,
-            why: String::new()
-        }),
+        (0u32..4, any::<bool>(), prop::option::of(layers()))
+            .prop_map(|(climb, full, only)| { Event::ClimbBegan { climb, full, only, why: String::new() } }),
         layers().prop_map(|layer| Event::Passed { layer, reason: String::new() }),
         (small.clone(), layers(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
             |(step, layer, attempt, until, turn_ms)| Event::Intent {

@@ -40,6 +40,15 @@ fn parse(text: &str) -> Option<f32> {
     (0.0..=100.0).contains(&value).then_some(value)
 }
 
+/// Memory that can be used without pushing out what works (`MemAvailable`); `None` where the kernel does not say.
+#[must_use]
+pub fn available_bytes() -> Option<u64> {
+    let text = crate::files::read_bounded(Path::new("/proc/meminfo"), 64 << 10).ok()?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,7 +11,7 @@ mod rc;
 
 use crate::clock::Deadline;
 use crate::error::{Context, Error, Kind, Result};
-use crate::tls::{Client, Env, http_error, is_untrusted, process_env};
+use crate::tls::{Client, Env, Options, http_error, is_untrusted, process_env};
 use metadata::{Manifest, Packument, Wanted};
 use sha2::{Digest, Sha512};
 use std::fs::{File, OpenOptions};
@@ -31,6 +31,8 @@ const REDIRECTS_LIMIT: u32 = 5;
 const TRIES_LIMIT: u32 = 4;
 /// Tries of one download in all, however much each of them brought.
 const DOWNLOAD_TRIES_LIMIT: u32 = 16;
+/// Connections kept for the next exchange: a dependency tree is hundreds of exchanges with one host.
+const IDLE_LIMIT: usize = 16;
 /// Pause before the second try; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Pieces a body is read in.
@@ -58,6 +60,19 @@ impl Integrity {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Integrity {
         Integrity(Sha512::digest(bytes).into())
+    }
+
+    /// In lower-case hexadecimal digits.
+    #[must_use]
+    pub fn hex(&self) -> String {
+        self.0.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Where npm's cache keeps the bytes that have it, below its `_cacache`.
+    #[must_use]
+    pub fn content_path(&self) -> PathBuf {
+        let hex = self.hex();
+        PathBuf::from("content-v2/sha512").join(&hex[..2]).join(&hex[2..4]).join(&hex[4..])
     }
 
     /// Whether this file has it.
@@ -126,7 +141,7 @@ impl Registry {
     /// The same with an environment given.
     pub fn with_env(env: &Env, home: Option<&Path>, extra_rc: &[PathBuf]) -> Result<Registry> {
         let settings = rc::Rc::load(env, home, extra_rc);
-        let client = Client::new(&settings.options(env, home))?;
+        let client = Client::new(&Options { idle: IDLE_LIMIT, ..settings.options(env, home) })?;
         let auth = settings.auth();
         Ok(Registry { client, settings, auth, first_pause: FIRST_PAUSE })
     }
@@ -135,6 +150,13 @@ impl Registry {
     #[must_use]
     pub fn address(&self, package: &str) -> String {
         shown(&self.settings.registry_for(package))
+    }
+
+    /// The settings as an rc file for npm itself, so that npm goes where this client goes. It may hold credentials: for
+    /// a private file only.
+    #[must_use]
+    pub fn npmrc(&self) -> String {
+        self.settings.file()
     }
 
     /// Finds the version: exact (`2026.9.6`), a line (`26`, `26.10`) or a dist-tag (`latest`).
@@ -252,6 +274,44 @@ impl Registry {
         const PUBLIC: [&str; 2] = ["https://registry.npmjs.org/", "http://registry.npmjs.org/"];
         let path = PUBLIC.iter().find_map(|host| tarball.strip_prefix(host));
         path.map_or_else(|| tarball.to_string(), |path| format!("{}{path}", self.settings.registry_for(name)))
+    }
+
+    /// Fetches a tarball of at most `max_bytes` into memory, proven.
+    pub fn fetch(&self, package: &Package, max_bytes: u64, deadline: Deadline) -> Result<Vec<u8>> {
+        let what = format!("fetching {}@{}", package.name, package.version);
+        let mut tries = Tries::new(deadline, self.first_pause);
+        loop {
+            match self.fetch_once(package, max_bytes, deadline, &what) {
+                Ok(bytes) => return Ok(bytes),
+                Err(failed) => tries.after(failed, false)?,
+            }
+        }
+    }
+
+    fn fetch_once(
+        &self,
+        package: &Package,
+        max_bytes: u64,
+        deadline: Deadline,
+        what: &str,
+    ) -> std::result::Result<Vec<u8>, Failed> {
+        let mut response = self.open(&package.tarball_url, "*/*", None, deadline, what)?;
+        let mut bytes = Vec::new();
+        let body = response.body_mut().with_config().limit(max_bytes.saturating_add(1)).reader();
+        body.take(max_bytes.saturating_add(1))
+            .read_to_end(&mut bytes)
+            .map_err(|e| Failed::Again(Error::io(what, &e)))?;
+        if bytes.len() as u64 > max_bytes {
+            return Err(Failed::Final(Error::new(Kind::Corrupt, what, "the tarball is absurdly large")));
+        }
+        let got = Integrity::of(&bytes);
+        if got == package.integrity {
+            return Ok(bytes);
+        }
+        Err(Failed::Again(
+            Error::new(Kind::Corrupt, what, format!("expected {}, got {got}", package.integrity))
+                .hint("a proxy or mirror on the way changes or cuts files"),
+        ))
     }
 
     /// Fetches the tarball to `to`. `progress` gets bytes done and in all (0: unknown). When the file is already

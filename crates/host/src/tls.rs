@@ -19,6 +19,8 @@ use ureq::typestate::{WithBody, WithoutBody};
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Longest silence within an exchange before the connection is given up.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(15);
+/// Connections kept where nothing else is asked for: messages go out one by one.
+const IDLE_LIMIT: usize = 2;
 /// Largest file of certificates read; the full Mozilla list is about 220 KB.
 const CA_FILE_LIMIT_BYTES: u64 = 8 << 20;
 
@@ -150,6 +152,8 @@ pub struct Options {
     pub extra_ca_file: Option<PathBuf>,
     /// Whether certificates are checked at all (`strict-ssl`).
     pub verify: bool,
+    /// Connections kept for the next exchange.
+    pub idle: usize,
 }
 
 impl Options {
@@ -161,6 +165,7 @@ impl Options {
             only_ca_pem: Vec::new(),
             extra_ca_file: env_text(env, "NODE_EXTRA_CA_CERTS").map(PathBuf::from),
             verify: true,
+            idle: IDLE_LIMIT,
         }
     }
 }
@@ -239,7 +244,8 @@ pub fn tls_agent(options: &Options) -> Result<ureq::Agent> {
         .timeout_connect(Some(CONNECT_LIMIT))
         .timeout_per_read(Some(SILENCE_LIMIT))
         .timeout_per_write(Some(SILENCE_LIMIT))
-        .max_idle_connections(2)
+        .max_idle_connections(options.idle)
+        .max_idle_connections_per_host(options.idle)
         .build();
     Ok(config.new_agent())
 }

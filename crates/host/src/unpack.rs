@@ -17,6 +17,8 @@ use std::path::{Component, Path, PathBuf};
 const PIECE_BYTES: usize = 128 << 10;
 /// Largest extended header (long names) accepted; a path has at most 4 KiB.
 const EXTENSION_LIMIT_BYTES: u64 = 64 << 10;
+/// Entries looked at in search of one.
+const MAX_SEARCHED: usize = 200_000;
 /// Deepest nesting accepted; npm's deepest real trees have about 20 levels.
 const DEPTH_LIMIT: usize = 64;
 /// Bytes of archive framing allowed per entry besides its content.
@@ -57,8 +59,47 @@ pub fn unpack_tgz(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Unpacked> {
     let from = File::open(file).context(|| format!("opening {}", file.display()))?;
+    unpack_from(file, from, dest, strip, limits, progress)
+}
+
+/// Reads one file out of a gzipped tar without unpacking it: its path with the first part dropped. `NotFound` when there
+/// is none within the limits. `name` is for messages.
+pub fn read_file(name: &Path, from: impl Read, path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let what = || format!("reading {} in {}", path.display(), name.display());
+    let gz = GzDecoder::new(BufReader::with_capacity(PIECE_BYTES, from));
+    let mut archive = tar::Archive::new(gz.take(UnpackLimits::default().bytes));
+    for entry in archive.entries().context(what)?.take(MAX_SEARCHED) {
+        let mut entry = entry.context(what)?;
+        let here = entry.path().context(what)?;
+        let parts: PathBuf = here.components().filter(|c| *c != Component::CurDir).skip(1).collect();
+        if parts == path && entry.header().entry_type().is_file() {
+            let mut bytes = Vec::new();
+            entry.by_ref().take(max_bytes.saturating_add(1)).read_to_end(&mut bytes).context(what)?;
+            if bytes.len() as u64 > max_bytes {
+                return Err(Error::new(
+                    Kind::Corrupt,
+                    what(),
+                    format!("it is larger than {max_bytes} bytes"),
+                ));
+            }
+            return Ok(bytes);
+        }
+    }
+    Err(Error::new(Kind::NotFound, what(), "it is not there"))
+}
+
+/// [`unpack_tgz`] from bytes that are at hand, for example because they were just proven: what is unpacked is then what was
+/// proven, whoever may write to the file they came from. `name` is for messages.
+pub fn unpack_from(
+    name: &Path,
+    from: impl Read,
+    dest: &Path,
+    strip: usize,
+    limits: UnpackLimits,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Unpacked> {
     let was_there = prepare(dest)?;
-    let unpacking = Unpacking::new(file, dest, strip, limits);
+    let unpacking = Unpacking::new(name, dest, strip, limits);
     let done = unpacking.run(from, progress);
     if done.is_err() {
         clear(dest, was_there);
@@ -117,6 +158,7 @@ struct Unpacking<'a> {
 struct Extension {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
+    size: Option<u64>,
 }
 
 impl<'a> Unpacking<'a> {
@@ -129,7 +171,7 @@ impl<'a> Unpacking<'a> {
         Error::new(Kind::Corrupt, format!("unpacking {}", self.file.display()), why)
     }
 
-    fn run(mut self, from: File, progress: &mut dyn FnMut(u64, u64)) -> Result<Unpacked> {
+    fn run(mut self, from: impl Read, progress: &mut dyn FnMut(u64, u64)) -> Result<Unpacked> {
         let gz = GzDecoder::new(BufReader::with_capacity(PIECE_BYTES, from));
         let most = self.limits.bytes.saturating_add(self.limits.files.saturating_mul(FRAME_BYTES));
         let mut archive = tar::Archive::new(gz.take(most));
@@ -183,8 +225,11 @@ impl<'a> Unpacking<'a> {
                 match record.key_bytes() {
                     b"path" => extension.path = Some(record.value_bytes().to_vec()),
                     b"linkpath" => extension.link = Some(record.value_bytes().to_vec()),
-                    // Used only for sizes beyond 8 GiB, which no limit here allows.
-                    b"size" => return Err(self.bad("an entry is absurdly large")),
+                    // Needed only for sizes beyond 8 GiB, which no limit here allows; old npm wrote it always.
+                    b"size" => {
+                        let size = record.value().ok().and_then(|v| v.parse().ok());
+                        extension.size = Some(size.ok_or_else(|| self.bad("an entry's size is no number"))?);
+                    }
                     _ => {}
                 }
             }
@@ -201,6 +246,9 @@ impl<'a> Unpacking<'a> {
     ) -> Result<()> {
         use tar::EntryType as T;
         let raw = extension.path.clone().unwrap_or_else(|| entry.path_bytes().into_owned());
+        if extension.size.is_some_and(|size| size != entry.size()) {
+            return Err(self.bad("an entry says two sizes of itself"));
+        }
         let Some(path) = self.inside(&raw)? else { return Ok(()) };
         let kind = entry.header().entry_type();
         let link =

@@ -71,8 +71,10 @@ pub enum Command {
     /// One step of a recovery, run by the agent in a container of its own.
     #[command(hide = true)]
     Step {
-        /// The request file that the agent wrote.
+        /// The request file that the agent wrote; `system-install` (what sudo permits) or `enroll-node` (as root).
         request: PathBuf,
+        /// The node, for the last two.
+        node: Option<String>,
     },
 }
 
@@ -82,6 +84,12 @@ pub struct Guard {
     /// Judge, journal and tell what would have been done; touch nothing.
     #[arg(long)]
     pub watch: bool,
+    /// Guard for one `koboshi recover` only, and end with that process.
+    #[arg(long, hide = true, value_name = "PID")]
+    pub errand: Option<i32>,
+    /// On that errand, climb with the one layer that is ordered and with no other.
+    #[arg(long, hide = true, requires = "errand")]
+    pub one_layer: bool,
 }
 
 /// Whose service koboshi becomes.

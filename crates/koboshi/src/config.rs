@@ -137,11 +137,13 @@ pub struct StoreLimits {
     pub quarantine_days: u32,
     /// Keep a ready copy of the program beside the node's prefix, swapped in by one rename.
     pub spare: bool,
+    /// Every byte of the program, runtime, service files and the store is read once in this time, in seconds; 0 = never.
+    pub scrub_every_s: u64,
 }
 
 impl Default for StoreLimits {
     fn default() -> StoreLimits {
-        StoreLimits { limit_bytes: 0, quarantine_days: 14, spare: false }
+        StoreLimits { limit_bytes: 0, quarantine_days: 14, spare: false, scrub_every_s: 24 * 3600 }
     }
 }
 

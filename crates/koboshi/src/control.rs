@@ -3,6 +3,7 @@
 //! Files work with any service manager, need no port and no second protocol, and are private by their directory.
 
 use crate::places::Places;
+use engine::Layer;
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,11 @@ pub enum Order {
     /// Start it.
     Start,
     /// Right it now.
-    Recover,
+    Recover {
+        /// With this layer alone.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        only: Option<Layer>,
+    },
     /// What is there now is intended.
     Accept,
     /// Take a snapshot now.

@@ -10,9 +10,11 @@ mod demo;
 mod patient;
 mod places;
 mod print;
+mod reinstall;
 mod space;
 mod spare;
 mod step;
+mod sudo;
 
 use clap::Parser;
 use host::{Error, Kind, Result};
@@ -59,10 +61,21 @@ fn usage(e: &clap::Error) -> ExitCode {
 fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
     match &cli.command {
         cli::Command::Demo(options) => demo::run(options, printer),
-        cli::Command::Step { request } => step::run(request).map(|()| Exit::Done),
+        cli::Command::Step { request, node } => {
+            let report = match (request.to_str(), node) {
+                (Some("system-install"), Some(name)) => sudo::install(name)?,
+                (Some("enroll-node"), Some(name)) => sudo::enroll(name)?,
+                (_, Some(_)) => return Err(Error::new(Kind::Usage, "run a step", "it takes no node")),
+                (_, None) => return step::run(request).map(|()| Exit::Done),
+            };
+            for line in report.done.iter().chain(&report.undone) {
+                printer.line(line);
+            }
+            Ok(Exit::Done)
+        }
         cli::Command::Guard(options) => {
             let (config, places) = commands::open(cli)?;
-            agent::run(config, places, options.watch, printer)
+            agent::run(config, places, options, printer)
         }
         cli::Command::Install(_)
         | cli::Command::Uninstall(_)

@@ -101,6 +101,11 @@ impl Places {
         self.state_dir.join("node.json")
     }
 
+    /// Where the slow look at every byte goes on.
+    pub fn scrub(&self) -> PathBuf {
+        self.state_dir.join("scrub.json")
+    }
+
     /// The judge's baseline.
     pub fn baseline(&self) -> PathBuf {
         self.state_dir.join("baseline.json")

@@ -7,10 +7,12 @@ use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
 use crate::spare;
+use crate::sudo;
 use alert::Outbox;
 use engine::{Class, Finding};
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
+use layers::install::Proof;
 use layers::{Bench, Care, Examination, Report};
 use node::{Baseline, Node, refusal};
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,11 @@ use store::{Depth, Request as Take, Store, Trust};
 const MAX_BYTES: u64 = 8 << 20;
 /// A step that was told no deadline (run by hand) gets this.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+
+/// A round of the slow look is cut into so many portions.
+pub const SCRUB_PORTIONS: u64 = 96;
+/// The CPU time of one portion, in milliseconds: with what its step costs, 0.04 % of one core at the very most.
+const SCRUB_CPU_MS: f64 = 250.0;
 
 /// What a step is to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,6 +48,8 @@ pub enum Work {
     },
     /// The node has served long enough with what the newest candidate holds: checks that, and trusts it.
     Settle,
+    /// One small portion of the slow look at every byte.
+    Scrub,
     /// Brings store and quarantine within their limit and makes the spare again.
     Tidy,
     /// Sends what waits in the outbox.
@@ -61,6 +70,33 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+    /// The climb failed: what layer 1 replaced on suspicion alone goes back.
+    TrialOver {
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Layer 2.
+    SystemInstall {
+        /// The last good version.
+        version: String,
+        /// The gateway does not answer.
+        hung: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Layer 3.
+    UserInstall {
+        /// The last good version.
+        version: String,
+        /// The gateway does not answer.
+        hung: bool,
+        /// For the quarantine's name.
+        incident: u64,
+    },
+    /// Asks sudo whether it would let us.
+    AskSudo,
+    /// What layer 2 or 3 put in place was not accepted: back to what was there before.
+    TakeBack,
     /// Layer in-place.
     InPlace {
         /// Why.
@@ -68,6 +104,27 @@ pub enum Work {
         /// For the quarantine's name.
         incident: u64,
     },
+}
+
+impl Work {
+    /// Whether it makes a program anew, which takes more than any other work.
+    pub fn installs(&self) -> bool {
+        match self {
+            Work::SystemInstall { .. } | Work::UserInstall { .. } => true,
+            Work::Examine { .. }
+            | Work::Snapshot { .. }
+            | Work::Settle
+            | Work::Tidy
+            | Work::Deliver
+            | Work::Scrub
+            | Work::TrialOver { .. }
+            | Work::Restart { .. }
+            | Work::Restore { .. }
+            | Work::AskSudo
+            | Work::TakeBack
+            | Work::InPlace { .. } => false,
+        }
+    }
 }
 
 /// A request, as the agent writes it.
@@ -105,6 +162,15 @@ pub enum Answer {
         /// The config that is proven by it.
         #[serde(default)]
         config: Option<String>,
+    },
+    /// Of `Scrub`.
+    Scrubbed {
+        /// One line each.
+        done: Vec<String>,
+        /// The next quick look will find damage in the live trees, or the spare is to be made again.
+        damaged: bool,
+        /// What the store has lost for good, one line; a snapshot is wanted and somebody is to know.
+        lost: Option<String>,
     },
     /// Of `Tidy`.
     Tidied {
@@ -164,17 +230,29 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let node = &request.node;
     match &request.work {
         Work::Examine { care } => {
-            let store = open_store(&places)?;
-            let examination =
-                layers::examine(node, store.as_ref(), request.baseline.as_ref(), *care, deadline)?;
+            // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
+            let store = open_store(&places);
+            // So is a proof that cannot be read: it proves nothing.
+            let proof = Proof::load(&places.state_dir).unwrap_or_default();
+            let (usable, baseline) =
+                (store.as_ref().ok().and_then(Option::as_ref), request.baseline.as_ref());
+            let mut examination = layers::examine(node, usable, baseline, proof.as_ref(), *care, deadline)?;
+            if let Err(e) = store {
+                examination.notice(format!("the store cannot be used: {}", e.why));
+            }
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
+            no_update_at_work(node, "take a snapshot")?;
             let info =
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
         }
-        Work::Settle => settle(&places, node, request.baseline.as_ref(), deadline),
+        Work::Settle => {
+            no_update_at_work(node, "trust the newest snapshot")?;
+            settle(&places, node, request.baseline.as_ref(), deadline)
+        }
+        Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
@@ -195,11 +273,46 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 layers::restore::work(bench, findings, *hung, *wider)
             })
         }
+        Work::TrialOver { incident } => {
+            with_bench(request, &config, &places, *incident, deadline, layers::trial::over)
+        }
+        Work::SystemInstall { version, hung, incident } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                if sudo::needed(bench.node, &places) {
+                    return sudo::through(bench, &places, version);
+                }
+                layers::system_install::work(bench, &order, *hung)
+            })
+        }
+        Work::UserInstall { version, hung, incident } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::UserInstall);
+            with_bench(request, &config, &places, *incident, deadline, |bench| {
+                layers::user_install::work(bench, &order, *hung)
+            })
+        }
+        Work::AskSudo => match sudo::ask(node, deadline) {
+            Ok(()) => Ok(Answer::Done(Report::default())),
+            Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
+        },
+        Work::TakeBack => with_bench(request, &config, &places, 0, deadline, |bench| {
+            let mut report = Report::default();
+            layers::install::take_back(&places.state_dir, bench.manager, bench.deadline, &mut report)?;
+            Ok(report)
+        }),
         Work::InPlace { findings, incident } => {
             with_bench(request, &config, &places, *incident, deadline, |bench| {
                 layers::in_place::work(bench, findings)
             })
         }
+    }
+}
+
+/// While somebody replaces the program, what lies there is no picture of anything and proves nothing: tried again later.
+fn no_update_at_work(node: &Node, what: &str) -> Result<()> {
+    match node::update::at_work(node) {
+        Some(update) => Err(Error::new(Kind::System, what, format!("an update is at work: {update}"))),
+        None => Ok(()),
     }
 }
 
@@ -321,11 +434,78 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     Ok(Answer::Settled { id: Some(newest.id), why: None, config })
 }
 
+/// One portion of the slow look. Its cursor is a help: without it a round begins anew.
+fn scrub(places: &Places, node: &Node, deadline: Deadline) -> Result<Answer> {
+    /// A cursor is a name and a path.
+    const CURSOR_LIMIT_BYTES: u64 = 1 << 20;
+    /// Of a round's damage, this much is told.
+    const TOLD: usize = 3;
+    let (mut done, mut lost) = (Vec::new(), None);
+    let Some(store) = open_store(places)? else {
+        return Ok(Answer::Scrubbed { done, damaged: false, lost });
+    };
+    let trusted = store.newest_trusted(None)?.and_then(|info| info.version);
+    if node::update::at_work(node).is_some()
+        || trusted != node.package_version() && node.package_version().is_some()
+    {
+        // Another program than the remembered one is not damage; a damaged package.json is the quick look's.
+        return Ok(Answer::Scrubbed { done, damaged: false, lost });
+    }
+    let file = places.scrub();
+    let cursor =
+        files::read_bounded(&file, CURSOR_LIMIT_BYTES).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    let portion = store::Portion { of: SCRUB_PORTIONS, cpu_ms: SCRUB_CPU_MS };
+    let found = store.scrub(cursor, portion, &spare::ready(node), deadline)?;
+    let text =
+        serde_json::to_vec(&found.cursor).map_err(|e| Error::new(Kind::System, "keep the cursor", e))?;
+    files::write_atomic(&file, &text, 0o600)?;
+    for d in found.damaged.iter().take(TOLD) {
+        done.push(format!(
+            "{}/{} has other bytes than it had, behind an unchanged inode",
+            d.root,
+            d.path.display()
+        ));
+    }
+    if let Some(healed) = &found.healed {
+        done.push(format!(
+            "the store was damaged and healed: {} objects, {} packs, {} manifests written anew",
+            healed.objects, healed.packs, healed.manifests
+        ));
+        lost = healed.lost.first().map(|first| {
+            let more = healed.lost.len() - 1;
+            let trust = match healed.distrusted.as_slice() {
+                [] => String::new(),
+                ids => format!("; no longer trusted: {}", ids.join(", ")),
+            };
+            format!("{}: {}; and {more} more{trust}", first.what, first.why)
+        });
+    }
+    if found.round_ended {
+        let left = collect_leftovers(places, &store, node, deadline)?;
+        done.extend(left);
+    }
+    Ok(Answer::Scrubbed { done, damaged: !found.damaged.is_empty(), lost })
+}
+
+/// Moves what killed repairs left under the node's roots to the quarantine.
+fn collect_leftovers(
+    places: &Places,
+    store: &Store,
+    node: &Node,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    let to = places.quarantine().join("leftovers");
+    let moved = store.collect_leftovers(&node::roots::roots(node), &to, deadline)?;
+    Ok((moved > 0)
+        .then(|| format!("{moved} pieces that killed repairs had left were moved to {}", to.display())))
+}
+
 fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {
-    let mut done = Vec::new();
+    let mut done = layers::install::settle(&places.state_dir)?;
     let Some(store) = open_store(places)? else {
         return Ok(Answer::Tidied { done });
     };
+    done.extend(collect_leftovers(places, &store, node, deadline)?);
     let limit = crate::space::limit_bytes(config, places)?;
     let spare_bytes = spare::size(node);
     let pruned = store.prune(limit.saturating_sub(spare_bytes), deadline)?;

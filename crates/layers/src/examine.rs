@@ -4,10 +4,11 @@
 //! Nothing is concluded from an exit code or a message alone, and a difference in what belongs to the user is no
 //! damage by itself: users write.
 
+use crate::install::Proof;
 use crate::restore::Choice;
 use engine::{Class, FaultKind, Finding};
-use host::Result;
 use host::clock::Deadline;
+use host::{Kind, Result};
 use node::refusal::Checked;
 use node::{Baseline, Node, triage};
 use serde::{Deserialize, Serialize};
@@ -58,8 +59,15 @@ pub struct Examination {
     pub findings: Vec<Finding>,
     /// What a serving node needs.
     pub need: Need,
+    /// Why program, runtime and service files were not compared with the snapshot: an update is at work on them. Then
+    /// nothing that was found about them asks for a repair, and that nothing was found says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unknown: Option<String>,
     /// How the converging trees differ from the snapshot, bounded.
     pub differences: Vec<Difference>,
+    /// Pieces that killed repairs left in the converging trees.
+    #[serde(default)]
+    pub leftovers: u64,
     /// The living gateway holds a deleted database: what it holds can be put back without any snapshot, and is lost
     /// with its end.
     #[serde(default)]
@@ -81,11 +89,19 @@ pub struct Examination {
     pub wall_ms: f64,
 }
 
+impl Examination {
+    /// Adds something to be told that asks for nothing.
+    pub fn notice(&mut self, what: String) {
+        self.findings.push(Finding { kind: FaultKind::Notice, class: None, what, evidence: Vec::new() });
+    }
+}
+
 /// Looks.
 pub fn examine(
     node: &Node,
     store: Option<&Store>,
     baseline: Option<&Baseline>,
+    proof: Option<&Proof>,
     care: Care,
     deadline: Deadline,
 ) -> Result<Examination> {
@@ -100,29 +116,71 @@ pub fn examine(
     let for_triage = deadline.min(Deadline::after(TRIAGE_LIMIT));
     let triage::Triage { mut findings, checked } =
         triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
-    let trusted = match store {
-        Some(store) => store.newest_trusted(None)?,
-        None => None,
+    // A store that fails under the look is as good as none: what can be seen without it still counts.
+    let (store, trusted) = match store.map(|s| (s, s.newest_trusted(None))) {
+        Some((store, Ok(trusted))) => (Some(store), trusted),
+        Some((_, Err(e))) => {
+            findings.push(unusable(&e));
+            (None, None)
+        }
+        None => (None, None),
     };
-    let mut differences = Vec::new();
+    // A proof counts for the version it is of, until a later snapshot is trusted.
+    let proof = proof.filter(|p| node.package_version().as_ref() == Some(&p.version)).filter(|p| {
+        let taken =
+            trusted.as_ref().and_then(|t| t.classes.get(&Class::Program)).map(|c| c.taken.as_second());
+        taken.is_none_or(|taken| taken < p.at_s)
+    });
+    let (mut differences, mut leftovers) = (Vec::new(), 0);
+    let unknown = findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
     if let (Some(store), Some(trusted)) = (store, &trusted)
-        && node::update::at_work(node).is_none()
+        && unknown.is_none()
     {
-        differences = store.compare(&trusted.id, &CONVERGING, compare, deadline)?;
+        let compared = match compare {
+            Depth::Stat => store.sweep(&trusted.id, &CONVERGING, deadline).map(|swept| {
+                leftovers = swept.leftovers;
+                swept.differences
+            }),
+            Depth::Hash => store.compare(&trusted.id, &CONVERGING, compare, deadline),
+        };
+        match compared {
+            Ok(all) => differences = all,
+            // Out of time is not out of order.
+            Err(e) if e.kind == Kind::TimedOut => return Err(e),
+            Err(e) => findings.push(unusable(&e)),
+        }
         if upgraded(node, trusted) {
             // Another version than the remembered one, whole as far as can be seen: its owner's doing until it fails.
             differences.retain(|d| d.class != Class::Program);
         }
+        if let Some(proof) = proof {
+            proof.explain(&node.package_dir, &mut differences);
+        }
         findings.extend(damage(&differences));
+    }
+    if let Some(proof) = proof {
+        let lines = proof.damage(&node.package_dir, care == Care::Thorough, deadline);
+        if !lines.is_empty() {
+            findings.push(Finding {
+                kind: FaultKind::FilesDamaged,
+                class: Some(Class::Program),
+                what: "the program is not as it was installed".to_owned(),
+                evidence: lines,
+            });
+        }
     }
     let rescue = findings.iter().any(of_databases) && node::salvage::held(node);
     only_what_can_be_mended(node, store, trusted.as_ref(), rescue, &mut findings, deadline);
-    let need = findings.iter().map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
+    let being_replaced = |f: &&Finding| unknown.is_some() && f.class.is_some_and(Class::converges);
+    let need =
+        findings.iter().filter(|f| !being_replaced(f)).map(|f| need(node, f)).max().unwrap_or(Need::Nothing);
     let inputs = inputs(node, &differences);
     differences.truncate(MAX_DIFFERENCES);
     Ok(Examination {
         need,
+        unknown,
         inputs,
+        leftovers,
         rescue,
         snapshot: trusted.as_ref().map(|t| t.id.clone()),
         version: trusted.as_ref().and_then(|t| t.version.clone()),
@@ -133,6 +191,11 @@ pub fn examine(
         cpu_ms: cpu_ms(),
         wall_ms: host::clock::now().since_ms(began).unwrap_or(0) as f64,
     })
+}
+
+fn unusable(e: &host::Error) -> Finding {
+    let what = format!("the store cannot be used: {}", e.why);
+    Finding { kind: FaultKind::Notice, class: None, what, evidence: vec![e.what.clone()] }
 }
 
 /// What may mean that a database is gone or another one.
@@ -377,6 +440,24 @@ mod tests {
     }
 
     #[test]
+    fn while_an_update_is_at_work_the_program_is_neither_damaged_nor_clean() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let look = || {
+            let deadline = Deadline::after(std::time::Duration::from_secs(30));
+            examine(&node, None, None, Care::Quick, deadline).unwrap()
+        };
+        // The program is gone: npm has taken it away, or somebody else has.
+        let damaged = |e: &Examination| e.findings.iter().any(|f| f.kind == FaultKind::FilesDamaged);
+        let gone = look();
+        assert!(damaged(&gone) && gone.need == Need::InPlace && gone.unknown.is_none(), "{gone:?}");
+        std::fs::create_dir(node.package_dir.with_file_name(".p-aB3dE5gH")).unwrap();
+        let updating = look();
+        assert!(updating.unknown.is_some_and(|what| what.contains(".p-aB3dE5gH")));
+        assert_ne!(updating.need, Need::InPlace, "nothing is repaired under npm's feet");
+    }
+
+    #[test]
     fn what_only_the_living_gateway_holds_is_mendable_without_any_snapshot() {
         let dir = tempfile::tempdir().unwrap();
         let node = node(dir.path());
@@ -392,7 +473,7 @@ mod tests {
         let known = Baseline { device_id: Some("x".into()), ..Baseline::default() };
         let gone = |held: bool| {
             let deadline = Deadline::after(std::time::Duration::from_secs(30));
-            let exam = examine(&node, None, Some(&known), Care::Quick, deadline).unwrap();
+            let exam = examine(&node, None, Some(&known), None, Care::Quick, deadline).unwrap();
             assert_eq!(exam.rescue, held);
             let state = |f: &&Finding| f.class == Some(Class::State) && f.what.contains("database");
             exam.findings.iter().find(state).map(|f| f.kind)

@@ -33,7 +33,7 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding]) -> Result<Report> {
         })
         .cloned()
         .collect();
-    let choice = Choice::of(bench.node, &fit);
+    let choice = Choice { serving: true, ..Choice::of(bench.node, &fit) };
     restore::repair(bench, &choice, &mut report)?;
     Ok(report)
 }

@@ -5,13 +5,18 @@
 
 pub mod examine;
 pub mod in_place;
+pub mod install;
 mod mend;
 pub mod quiet;
 pub mod restart;
 pub mod restore;
+pub mod system_install;
+pub mod trial;
+pub mod user_install;
 
 pub use examine::{Care, Examination, Need, examine};
 
+use engine::Class;
 use host::clock::Deadline;
 use host::service::Manager;
 use node::{Baseline, Node};
@@ -20,8 +25,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 use store::{Plan, Store};
 
-/// How long a gateway that still answers gets to end by itself before its container is killed.
+/// How long a gateway that still answers gets at least to end by itself before its container is killed.
 pub const GRACE: Duration = Duration::from_secs(10);
+/// The longest that OpenClaw's own unit lets a draining gateway take (`TimeoutStopSec`).
+pub const DRAIN: Duration = Duration::from_secs(330);
 /// The same for one that does not answer: Node reads signals on the event loop, and that loop has been dead for as long
 /// as the judge's limits say. What is left to wait for is a handler outside of it, which needs milliseconds.
 pub const GRACE_HUNG: Duration = Duration::from_secs(1);
@@ -57,6 +64,20 @@ pub struct Report {
     pub done: Vec<String>,
     /// What it could not do, one line each.
     pub undone: Vec<String>,
+    /// What of the user's came back from a snapshot, and so lacks what was written after it was taken.
+    #[serde(default)]
+    pub came_back: Vec<CameBack>,
+}
+
+/// Something of the user's that came back from a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CameBack {
+    /// Whose class.
+    pub class: Class,
+    /// From which snapshot.
+    pub snapshot: String,
+    /// For people: what, of which moment, and what cannot be in it.
+    pub what: String,
 }
 
 impl Report {

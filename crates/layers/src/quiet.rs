@@ -1,6 +1,6 @@
 //! Stops the gateway for certain: the one act that restart and restore share.
 
-use crate::{Bench, GRACE, GRACE_HUNG, Report};
+use crate::{Bench, DRAIN, GRACE, GRACE_HUNG, Report};
 use host::clock::Deadline;
 use host::process::{ProcessId, Signal, listeners, owner_of};
 use host::service::Stopped;
@@ -11,9 +11,23 @@ use std::time::Duration;
 /// A process that was killed is gone after this, unless it hangs in the kernel.
 const KILL_WAIT: Duration = Duration::from_secs(2);
 
-/// After this there is no gateway process that is ours. A hung one gets a shorter grace.
-pub fn stop(bench: &mut Bench<'_>, hung: bool, report: &mut Report) -> Result<()> {
-    let grace: Duration = if hung { GRACE_HUNG } else { GRACE };
+/// Keeps the service manager from starting the gateway in the middle of a repair. Whoever ends this step takes the hold
+/// back. Where it cannot be held the repair goes on: a stopped unit is mostly left alone anyway.
+pub fn hold(bench: &mut Bench<'_>, report: &mut Report) {
+    if let Err(e) = bench.manager.hold(bench.deadline) {
+        report.could_not(format!("the unit could not be held down for the repair: {e}"));
+    }
+}
+
+/// How long the gateway gets to end by itself. One that answers may have turns to finish: it gets all that the step can
+/// spare beyond what its own work `needs`, at least the usual grace and at most what its service allows for a drain.
+fn grace(hung: bool, left: Duration, needs: Duration) -> Duration {
+    if hung { GRACE_HUNG } else { left.saturating_sub(needs).clamp(GRACE, DRAIN) }
+}
+
+/// After this there is no gateway process that is ours. `needs` is what the step's work takes after the stop.
+pub fn stop(bench: &mut Bench<'_>, hung: bool, needs: Duration, report: &mut Report) -> Result<()> {
+    let grace = grace(hung, bench.deadline.left(), needs);
     let ran = bench.node.gateway().is_some();
     match bench.manager.stop(grace, bench.deadline)? {
         Stopped::Clean { .. } if !ran => report.did("no gateway was running; nothing of it is left"),
@@ -87,6 +101,15 @@ mod tests {
             "state_dir": dir, "config_path": dir, "port": 1, "ids": host::run::Ids::current(), "user": "t"
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn a_gateway_that_answers_may_drain_for_as_long_as_the_step_can_wait() {
+        let s = Duration::from_secs;
+        assert_eq!(grace(true, s(60), s(30)), GRACE_HUNG, "nothing is finished by one that hangs");
+        assert_eq!(grace(false, s(60), s(30)), s(30));
+        assert_eq!(grace(false, s(15), s(30)), GRACE, "never less than the usual");
+        assert_eq!(grace(false, s(1_000), s(30)), DRAIN, "never more than its own service allows");
     }
 
     #[test]

@@ -3,11 +3,15 @@
 
 use crate::{Bench, Report, quiet};
 use host::Result;
+use std::time::Duration;
+
+/// Clearing the latch takes milliseconds, a kill at the grace's end two seconds.
+const NEEDS: Duration = Duration::from_secs(3);
 
 /// The work of layer 0.
 pub fn work(bench: &mut Bench<'_>, hung: bool) -> Result<Report> {
     let mut report = Report::default();
-    quiet::stop(bench, hung, &mut report)?;
+    quiet::stop(bench, hung, NEEDS, &mut report)?;
     bench.manager.clear_latch(bench.deadline)?;
     report.did("the service manager's latch is clear");
     Ok(report)

@@ -5,16 +5,20 @@
 //! provably corrupt, or the node woke up without its memory; then only that part goes back, and the bytes that a
 //! running gateway still holds open are saved first, because they are newer than any snapshot.
 
-use crate::{Bench, Report, quiet};
+use crate::{Bench, CameBack, Report, quiet, trial};
 use engine::{Class, FaultKind, Finding};
 use host::{Context, Error, Kind, Result};
 use node::gates::{self, Gate};
 use node::roots::resolved;
-use node::{Node, salvage};
+
+use node::{Baseline, Node, salvage};
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use store::{Depth, Difference, DifferenceKind, Scope, SnapshotInfo, Store};
+use store::{Depth, Difference, DifferenceKind, Plan, Scope, SnapshotInfo, Store};
+
+/// What the repair itself may take after the stop: layer 1's least work.
+const NEEDS: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Snapshots tried before the layer gives up: each costs a compare.
 const MAX_SNAPSHOTS: usize = 5;
@@ -38,6 +42,8 @@ pub struct Choice {
     pub kept: BTreeSet<PathBuf>,
     /// Every byte is to be hashed: a stat sweep found nothing, and still it does not start.
     pub thorough: bool,
+    /// The gateway runs meanwhile: no program of another version may be put under it.
+    pub serving: bool,
 }
 
 impl Choice {
@@ -199,7 +205,8 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     }
     // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
     let mut saved = save_open_databases(bench, &choice, &mut report)?;
-    quiet::stop(bench, hung, &mut report)?;
+    quiet::hold(bench, &mut report);
+    quiet::stop(bench, hung, NEEDS, &mut report)?;
     saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
     let mut kept = BTreeSet::new();
     for database in saved {
@@ -212,7 +219,10 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     if choice.is_empty() {
         report.did("nothing is left to be taken from a snapshot");
     } else {
-        match repair(bench, &choice, &mut report) {
+        let trial = trial::keep(bench, &choice);
+        let done = repair(bench, &choice, &mut report);
+        trial::begun(bench, trial)?;
+        match done {
             // What was rescued is back; that no snapshot holds the rest keeps nothing from starting by itself.
             Err(e) if !choice.kept.is_empty() => report.could_not(format!("{e}")),
             done => done?,
@@ -306,6 +316,15 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
+}
+
+/// Puts a kept file back where it was.
+pub(crate) fn bring_back(bench: &Bench<'_>, copy: &Path, live: &Path, report: &mut Report) -> Result<()> {
+    let live = live
+        .parent()
+        .zip(live.file_name())
+        .map_or_else(|| live.to_owned(), |(dir, name)| resolved(dir).join(name));
+    put_back(bench, &Saved { copy: copy.to_owned(), live }, report)
 }
 
 /// Puts a rescued database where it was. The copy stays in the quarantine, and so does what the ending gateway may have
@@ -411,19 +430,39 @@ pub(crate) fn repair(bench: &mut Bench<'_>, choice: &Choice, report: &mut Report
         return Err(Error::new(Kind::NotFound, "restore from a snapshot", "none has been proven good yet"));
     }
     let mut last = None;
+    let mut damaged = Vec::new();
     for info in trusted.iter().take(MAX_SNAPSHOTS) {
+        let other_version = info.version != trusted[0].version;
+        if choice.serving && other_version && choice.converge.contains(&Class::Program) {
+            report.could_not(format!(
+                "snapshot {} is not used: it is of another version, and the gateway runs",
+                info.id
+            ));
+            continue;
+        }
         if let Err(why) = gate(bench, choice, info) {
             report.could_not(format!("snapshot {} is not used: {why}", info.id));
             continue;
         }
-        match repair_from(bench, store, info, choice, depth, report) {
+        match repair_from(bench, store, info, choice, depth, Whole::OrNothing, report) {
             // The newest one is what lies there already, and it does not start: an older one may.
             Ok(false) if choice.thorough => {}
             Ok(_) => return Ok(()),
             Err(e) => {
                 report.could_not(format!("snapshot {}: {e}", info.id));
+                if e.kind == Kind::Corrupt {
+                    damaged.push(info);
+                }
                 last = Some(e);
             }
+        }
+    }
+    // None is whole. Most of one is better than nothing: the judge says whether it is enough.
+    for info in damaged {
+        match repair_from(bench, store, info, choice, depth, Whole::AsFarAsCanBe, report) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(e) => last = Some(e),
         }
     }
     Err(last.unwrap_or_else(|| {
@@ -459,13 +498,26 @@ fn gate(bench: &Bench<'_>, choice: &Choice, info: &SnapshotInfo) -> std::result:
     }
 }
 
-/// `false` when nothing differed that may be touched.
+/// What becomes of a repair for which some bytes are nowhere to be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whole {
+    /// Nothing is touched; an older snapshot may have them all.
+    OrNothing,
+    /// The rest is put right.
+    AsFarAsCanBe,
+}
+
+/// Lost files that a report names one by one.
+const MAX_NAMED: usize = 8;
+
+/// `false` when nothing differed that may be touched, or nothing of it could be put right.
 fn repair_from(
     bench: &Bench<'_>,
     store: &Store,
     info: &SnapshotInfo,
     choice: &Choice,
     depth: Depth,
+    whole: Whole,
     report: &mut Report,
 ) -> Result<bool> {
     let differences = store.compare(&info.id, &choice.classes(), depth, bench.deadline)?;
@@ -474,7 +526,26 @@ fn repair_from(
         report.did(format!("nothing differs from snapshot {}", info.id));
         return Ok(false);
     }
-    let repaired = store.repair(&info.id, Scope::Differences(&wanted), &bench.plan(), bench.deadline)?;
+    let lacks = lacks(bench, info, &wanted);
+    let plan = Plan { partial: whole == Whole::AsFarAsCanBe, ..bench.plan() };
+    let repaired = store.repair(&info.id, Scope::Differences(&wanted), &plan, bench.deadline)?;
+    report.came_back.extend(lacks);
+    for lost in repaired.lost.iter().take(MAX_NAMED) {
+        report.could_not(format!("{}/{}: {}", lost.root, lost.path.display(), lost.why));
+    }
+    if repaired.lost_files > 0 {
+        report.could_not(format!(
+            "{} files of snapshot {} are nowhere to be had and were left as they are",
+            repaired.lost_files, info.id
+        ));
+    }
+    let found = repaired.objects_from_live + repaired.objects_from_spare;
+    if found > 0 {
+        report.did(format!(
+            "{found} objects that the store has lost came, proven, from other files: {} from the spare, {} from live trees",
+            repaired.objects_from_spare, repaired.objects_from_live
+        ));
+    }
     report.did(format!(
         "from snapshot {}: {} files, {} directories, {} links put in place, {} attributes, {} bytes; {} things \
          moved to quarantine{}",
@@ -487,7 +558,77 @@ fn repair_from(
         repaired.quarantined,
         if repaired.from_spare.is_empty() { "" } else { "; the spare was swapped in" },
     ));
-    Ok(true)
+    let put = repaired.files + repaired.dirs + repaired.links + repaired.attributes + repaired.quarantined;
+    Ok(put > 0 || !repaired.from_spare.is_empty() || repaired.lost_files == 0)
+}
+
+/// What a repair of these differences brings back of the user's, and what can therefore not be in it: everything that
+/// was written after the copy was taken.
+fn lacks(bench: &Bench<'_>, info: &SnapshotInfo, wanted: &[Difference]) -> Vec<CameBack> {
+    let classes: BTreeSet<Class> = wanted
+        .iter()
+        .map(|d| d.class)
+        .filter(|class| !class.converges() && *class != Class::Config)
+        .collect();
+    classes
+        .into_iter()
+        .map(|class| {
+            let of = |d: &&Difference| d.class == class;
+            let mut roots: Vec<String> = wanted
+                .iter()
+                .filter(of)
+                .filter_map(|d| info.roots.iter().find(|r| r.name == d.root))
+                .map(|r| r.path.display().to_string())
+                .collect();
+            roots.dedup();
+            let more = roots.len().saturating_sub(1);
+            let place = roots.into_iter().next().unwrap_or_else(|| class.to_string());
+            let place = if more == 0 { place } else { format!("{place} and {more} more") };
+            let copy = info.classes.get(&class);
+            let taken = copy.map_or(info.taken, |c| c.taken).strftime("%Y-%m-%d %H:%M UTC");
+            let holds = copy.map_or_else(String::new, |c| {
+                let files = if c.files == 1 { "1 file".to_owned() } else { format!("{} files", c.files) };
+                format!(" ({files}, {} bytes)", c.bytes)
+            });
+            let rows = rows_known(bench.baseline, &info.baseline, class);
+            CameBack {
+                class,
+                snapshot: info.id.clone(),
+                what: format!(
+                    "the {class} in {place} is as it was on {taken}{holds}: what was written after that is not in it{rows}"
+                ),
+            }
+        })
+        .collect()
+}
+
+/// What the node was known to remember when it last served, beside what the copy remembers.
+fn rows_known(known: Option<&Baseline>, copy: &serde_json::Value, class: Class) -> String {
+    let then: Option<Baseline> = serde_json::from_value(copy.clone()).ok();
+    let (Some(now), Some(then)) = (known.map(|k| &k.counts), then.as_ref().map(|t| &t.counts)) else {
+        return String::new();
+    };
+    let pairs = match class {
+        Class::State => {
+            [("scheduled jobs", now.jobs, then.jobs), ("paired devices", now.paired, then.paired)]
+        }
+        Class::Sessions => [
+            ("sessions", now.sessions, then.sessions),
+            ("transcript entries", now.transcript, then.transcript),
+        ],
+        Class::Program
+        | Class::Runtime
+        | Class::Service
+        | Class::Config
+        | Class::Credentials
+        | Class::Workspace => return String::new(),
+    };
+    let fewer: Vec<String> = pairs
+        .into_iter()
+        .filter(|(_, now, then)| now > then)
+        .map(|(what, now, then)| format!("{then} of {now} {what}"))
+        .collect();
+    if fewer.is_empty() { String::new() } else { format!("; it holds {}", fewer.join(", ")) }
 }
 
 #[cfg(test)]
@@ -631,6 +772,102 @@ mod tests {
         assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
     }
 
+    /// A node's program with a trusted snapshot of each content given, oldest first; the last is what lies there.
+    fn remembered(dir: &Path, node: &Node, contents: &[(&str, &str, &[u8])]) -> Store {
+        let store = Store::open_or_create(&dir.join("store"), &dir.join("keys/key")).unwrap();
+        let program = node.package_dir.clone();
+        std::fs::create_dir_all(&program).unwrap();
+        let root = store::Root {
+            name: "program".into(),
+            path: program.clone(),
+            class: Class::Program,
+            exclude: Vec::new(),
+            only: None,
+        };
+        for (version, file, bytes) in contents {
+            std::fs::write(program.join(file), bytes).unwrap();
+            let request = store::Request {
+                roots: std::slice::from_ref(&root),
+                classes: &[Class::Program],
+                note: "",
+                version: Some(version),
+                node: serde_json::Value::Null,
+                baseline: serde_json::Value::Null,
+            };
+            let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+            let id = store.snapshot(&request, &mut |_| {}, deadline).unwrap().id;
+            store.set_trust(&id, store::Trust::Good).unwrap();
+        }
+        store
+    }
+
+    fn damaged_program(dir: &Path) -> (Node, PathBuf) {
+        let mut node = node(dir);
+        node.package_dir = dir.join("prefix/openclaw");
+        let program = node.package_dir.clone();
+        (node, program)
+    }
+
+    fn packs(dir: &Path) -> Vec<PathBuf> {
+        std::fs::read_dir(dir.join("store/packs")).unwrap().map(|e| e.unwrap().path()).collect()
+    }
+
+    #[test]
+    fn with_no_whole_snapshot_what_can_be_had_is_put_right_and_the_rest_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (node, program) = damaged_program(&dir);
+        let store = remembered(&dir, &node, &[("1", "a.js", b"aaaa"), ("1", "b.js", b"bbbbbbbb")]);
+        // The last snapshot's own pack is gone, the first one's is there; b.js is nowhere.
+        let newest =
+            packs(&dir).into_iter().max_by_key(|p| p.metadata().unwrap().modified().unwrap()).unwrap();
+        std::fs::remove_file(newest).unwrap();
+        let older = store.list().unwrap()[0].id.clone();
+        store.set_trust(&older, store::Trust::Candidate).unwrap();
+        std::fs::remove_file(program.join("a.js")).unwrap();
+        std::fs::write(program.join("b.js"), b"damaged").unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let mut report = Report::default();
+        let findings = [finding(FaultKind::FilesDamaged, Some(Class::Program), &[])];
+        repair(&mut bench, &Choice::of(&node, &findings), &mut report).unwrap();
+        assert_eq!(std::fs::read(program.join("a.js")).unwrap(), b"aaaa");
+        assert_eq!(std::fs::read(program.join("b.js")).unwrap(), b"damaged");
+        assert!(report.undone.iter().any(|l| l.contains("program/b.js")), "{report:?}");
+        // With nothing left to put right it failed, and says so.
+        let e = repair(&mut bench, &Choice::of(&node, &findings), &mut report).unwrap_err();
+        assert_eq!(e.kind, Kind::Corrupt);
+        // A whole older one comes first.
+        store.set_trust(&older, store::Trust::Good).unwrap();
+        repair(&mut bench, &Choice::of(&node, &findings), &mut Report::default()).unwrap();
+        assert!(!program.join("b.js").exists(), "the older snapshot does not know it");
+    }
+
+    #[test]
+    fn under_a_running_gateway_no_other_version_is_put() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (node, program) = damaged_program(&dir);
+        let store = remembered(&dir, &node, &[("1", "a.js", b"one"), ("2", "a.js", b"two, longer")]);
+        let newest =
+            packs(&dir).into_iter().max_by_key(|p| p.metadata().unwrap().modified().unwrap()).unwrap();
+        std::fs::remove_file(newest).unwrap();
+        std::fs::write(program.join("a.js"), b"damaged").unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::FilesDamaged, Some(Class::Program), &[])];
+        let _ = crate::in_place::work(&mut bench, &findings);
+        assert_eq!(std::fs::read(program.join("a.js")).unwrap(), b"damaged");
+        repair(&mut bench, &Choice::of(&node, &findings), &mut Report::default()).unwrap();
+        assert_eq!(
+            std::fs::read(program.join("a.js")).unwrap(),
+            b"one",
+            "while it is down, an older one is right"
+        );
+    }
+
     #[test]
     fn a_state_directory_that_is_gone_is_made_again() {
         let dir = tempfile::tempdir().unwrap();
@@ -642,6 +879,97 @@ mod tests {
         std::fs::write(&copy, b"rows").unwrap();
         put_back(&bench, &Saved { copy, live: node.state_db() }, &mut Report::default()).unwrap();
         assert_eq!(std::fs::read(node.state_db()).unwrap(), b"rows");
+    }
+
+    #[test]
+    fn a_config_that_was_only_suspected_goes_back_when_that_did_not_help() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, dir.path());
+        let mut suspected = Choice { config: true, ..Choice::default() };
+        let older = r#"{"gateway":{"mode":"local"}}"#;
+        let owners = r#"{"gateway":{"mode":"local","port":4711}}"#;
+        let live = || std::fs::read_to_string(&node.config_path).unwrap();
+
+        // What does not parse is broken for certain: what replaces it stays.
+        std::fs::write(&node.config_path, "{").unwrap();
+        let kept = trial::keep(&bench, &suspected);
+        assert_eq!(kept, None);
+        std::fs::write(&node.config_path, older).unwrap();
+        trial::begun(&bench, kept).unwrap();
+        assert!(!trial::on(&bench.quarantine));
+
+        // A whole one is its owner's newest word.
+        std::fs::write(&node.config_path, owners).unwrap();
+        let kept = trial::keep(&bench, &suspected);
+        assert!(kept.is_some());
+        std::fs::write(&node.config_path, older).unwrap();
+        trial::begun(&bench, kept).unwrap();
+        assert!(trial::on(&bench.quarantine));
+        // A second turn of the layer finds the older one there: the owner's is not written over.
+        trial::begun(&bench, Some(b"{}".to_vec())).unwrap();
+        trial::over(&mut bench).unwrap();
+        assert_eq!(live(), owners);
+        assert!(!trial::on(&bench.quarantine), "once");
+        let aside = bench.quarantine.join("made-anew");
+        assert_eq!(std::fs::read_dir(aside).unwrap().count(), 1, "the older one is not lost either");
+
+        // Somebody wrote one in the middle of it: that stays.
+        std::fs::write(&node.config_path, older).unwrap();
+        trial::begun(&bench, Some(owners.into())).unwrap();
+        std::fs::write(&node.config_path, "{\"new\": 1}").unwrap();
+        trial::over(&mut bench).unwrap();
+        assert_eq!(live(), "{\"new\": 1}");
+
+        // Where the config is not blamed nothing is on trial.
+        suspected.config = false;
+        std::fs::write(&node.config_path, owners).unwrap();
+        assert_eq!(trial::keep(&bench, &suspected), None);
+    }
+
+    #[test]
+    fn what_came_back_names_its_moment_and_what_cannot_be_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let counts = |jobs| Baseline {
+            counts: node::identity::Counts { jobs, ..Default::default() },
+            ..Baseline::default()
+        };
+        let known = counts(9);
+        let mut bench = bench(&node, &mut manager, dir.path());
+        bench.baseline = Some(&known);
+        let class = |files| serde_json::json!({"files": files, "bytes": 40, "taken": "2026-01-01T10:20:30Z"});
+        let info: SnapshotInfo = serde_json::from_value(serde_json::json!({
+            "id": "7", "number": 1, "taken": "2026-01-02T00:00:00Z",
+            "classes": {"workspace": class(3), "state": class(1), "program": class(5), "config": class(1)},
+            "note": "", "version": null,
+            "roots": [{"name": "workspace", "path": "/w", "class": "workspace"},
+                      {"name": "state", "path": "/s.sqlite", "class": "state"}],
+            "node": null, "baseline": serde_json::to_value(counts(4)).unwrap()
+        }))
+        .unwrap();
+        let missing = |root: &str, class| Difference {
+            root: root.into(),
+            path: PathBuf::new(),
+            class,
+            kind: DifferenceKind::Missing,
+        };
+        let wanted = [
+            missing("program", Class::Program),
+            missing("config", Class::Config),
+            missing("workspace", Class::Workspace),
+            missing("state", Class::State),
+        ];
+        let said: Vec<String> = lacks(&bench, &info, &wanted).into_iter().map(|c| c.what).collect();
+        assert_eq!(said.len(), 2, "program and config belong to nobody who writes: {said:?}");
+        let said = said.join("\n");
+        assert!(
+            said.contains("the workspace in /w is as it was on 2026-01-01 10:20 UTC (3 files, 40 bytes)"),
+            "{said}"
+        );
+        assert!(said.contains("written after that is not in it; it holds 4 of 9 scheduled jobs"), "{said}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod range;
 pub mod refusal;
 pub mod roots;
 pub mod salvage;
+pub mod service;
 pub mod triage;
 pub mod units;
 pub mod update;

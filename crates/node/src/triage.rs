@@ -72,6 +72,14 @@ fn with(mut f: Finding, evidence: impl IntoIterator<Item = String>) -> Finding {
     f
 }
 
+/// Whether a whole program lies there, as far as can be told without a snapshot.
+#[must_use]
+pub fn program_is_whole(node: &Node) -> bool {
+    let mut findings = Vec::new();
+    program(node, &mut findings);
+    findings.is_empty()
+}
+
 /// The pieces without which no program starts; each was seen to fail in its own misleading way.
 fn program(node: &Node, findings: &mut Vec<Finding>) {
     let package = &node.package_dir;

@@ -99,6 +99,10 @@ impl Agent {
             self.write(site, Event::StartSeen { by: "another".to_owned() })?;
             site.world.outer_starts -= 1;
         }
+        if self.state.incident.is_none() {
+            // Nothing to right: the person is told so.
+            site.world.asked = None;
+        }
         let ladder = self.ladder(&site.world);
         let action = site.brain.next(&self.state, &ladder, site.world.moment());
         site.checks.action(&site.world, &ladder, &action)?;
@@ -166,6 +170,7 @@ impl Agent {
             intact: world.intact(),
         };
         ladder.hands_off = world.hands_off.then(|| "paused".to_owned());
+        ladder.only = world.asked;
         ladder.journal_ok = self.journal_ok;
         ladder.evidence = world.sources;
         ladder.jitter_permille = i32::try_from(mix(world.now) % 2001).unwrap_or(0) - 1000;
@@ -249,6 +254,9 @@ impl Agent {
                 "{:>12} {}:{:<9} {:?}",
                 site.world.now, record.at.boot, record.at.ms, record.event
             ));
+        }
+        if matches!(record.event, Event::ClimbBegan { only: Some(_), .. }) {
+            site.world.asked = None;
         }
         let seen = site.checks.record(&site.world, &record, self.journal_ok);
         if self.journal_ok {
@@ -453,10 +461,12 @@ impl Agent {
             let settled = sure || matches!(site.world.gate, Gate::Starting { .. });
             let next = if settled { site.world.next_event() } else { site.world.now + PROBE_MS };
             let (hands, sources) = (site.world.hands_off, site.world.sources);
+            let asked = site.world.asked;
             let starting = site.world.progressing();
             self.pass(site, next.min(stop).max(site.world.now + 1))?;
             let changed = hands != site.world.hands_off
                 || sources != site.world.sources
+                || asked != site.world.asked
                 || site.world.outer_starts > 0
                 || starting != site.world.progressing();
             if changed && self.state.incident.is_some() {
@@ -472,7 +482,7 @@ impl Agent {
         let seen_damage =
             world.broken.as_ref().filter(|broken| !broken.hidden).map(|broken| broken.interrupts);
         let clean = world.broken.is_none();
-        let Some(incident) = &self.state.incident else {
+        if self.state.incident.is_none() {
             let kind = match (fell, seen_damage) {
                 (true, _) => IncidentKind::Outage,
                 (false, Some(true)) if sure => IncidentKind::Damage,
@@ -488,8 +498,9 @@ impl Agent {
                 self.write(site, record.event)?;
             }
             return Ok(true);
-        };
-        if incident.kind == IncidentKind::Latent && fell {
+        }
+        let kind = IncidentKind::Outage;
+        if fell && self.state.escalate(site.world.moment(), kind, "", Vec::new()).is_some() {
             self.escalate(site)?;
             return Ok(true);
         }

@@ -92,11 +92,17 @@ pub enum Mutant {
     SecondContainer,
     /// Something that is not ours is killed.
     KillsStranger,
+    /// A damaged node's serving does not count: what could not be mended is told as an emergency.
+    DamageIsEmergency,
+    /// A fall is told as damage of a node that serves.
+    FallIsDamage,
+    /// A climb that was asked for one layer tries them all.
+    AskedTriesAll,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Mutant; 39] = [
+    pub const ALL: [Mutant; 42] = [
         Mutant::NoKillAfterExit,
         Mutant::NoKillOfLost,
         Mutant::SpawnBeforeIntent,
@@ -136,6 +142,9 @@ impl Mutant {
         Mutant::NoEscalation,
         Mutant::SecondContainer,
         Mutant::KillsStranger,
+        Mutant::DamageIsEmergency,
+        Mutant::FallIsDamage,
+        Mutant::AskedTriesAll,
     ];
 
     /// Its name, as in `docs/simulation.md`.
@@ -202,6 +211,22 @@ impl Brain {
                     *full = false;
                 }
             }
+            (Mutant::DamageIsEmergency | Mutant::FallIsDamage, Action::Note { record }) => {
+                let damage = state.incident.as_ref().is_some_and(|one| one.kind == IncidentKind::Damage);
+                record.event = match record.event.clone() {
+                    Event::Postponed { why, retry_in_ms, evidence }
+                        if damage && mutant == Mutant::DamageIsEmergency =>
+                    {
+                        Event::Emergency { why, retry_in_ms, evidence }
+                    }
+                    Event::Emergency { why, retry_in_ms, evidence }
+                        if damage && mutant == Mutant::FallIsDamage =>
+                    {
+                        Event::Postponed { why, retry_in_ms, evidence }
+                    }
+                    other => other,
+                };
+            }
             (Mutant::GreedyWork, Action::Spawn { intent, deadline: told, .. }) => {
                 if let (Event::Intent { deadline, turn_ms, .. }, Some(climb)) =
                     (&mut intent.event, state.climb())
@@ -232,6 +257,21 @@ impl Brain {
         if deaf && matches!(record.event, Event::Judged { .. }) {
             return Ok(());
         }
+        if let Some(incident) = &mut state.incident {
+            // The fold would refuse what these two tell: it is lied to.
+            match (mutant, &record.event) {
+                (Mutant::DamageIsEmergency, Event::Emergency { .. }) => incident.word = None,
+                (Mutant::FallIsDamage, Event::Postponed { .. }) => {
+                    incident.word = Some(engine::state::Word {
+                        verdict: Verdict::Serving { degraded: Vec::new() },
+                        confirmed: true,
+                        clean: false,
+                        at_ms: state.clock_ms,
+                    });
+                }
+                _ => {}
+            }
+        }
         engine::apply(state, &record)?;
         self.bend_state(mutant, state, &record.event);
         Ok(())
@@ -246,6 +286,7 @@ impl Brain {
                 *confirmed &= !verdict.is_serving();
             }
             (Mutant::CleanAssumed, Event::Judged { clean, .. }) => *clean = true,
+
             (Mutant::DegradedIsWhole, Event::Judged { verdict: Verdict::Serving { degraded }, .. }) => {
                 degraded.clear();
             }
@@ -314,6 +355,7 @@ impl Brain {
             (Stage::Holding(hold), Mutant::NoRetry, _) => {
                 hold.retry_ms = u64::MAX;
             }
+            (Stage::Climbing(climb), Mutant::AskedTriesAll, Event::ClimbBegan { .. }) => climb.only = None,
             (Stage::Climbing(climb), Mutant::NoTotalDeadline, _) => climb.began_ms = clock_ms,
             (Stage::Climbing(climb), Mutant::NoReserve, Event::ClimbBegan { .. }) => {
                 climb.began_ms += engine::RESERVE_MS + 12_000;

@@ -47,6 +47,8 @@ struct Step {
 struct Climb {
     began_ms: u64,
     full: bool,
+    /// The one layer that a person asked for.
+    only: Option<Layer>,
     done: Vec<Layer>,
     intents: BTreeMap<Layer, u32>,
     starts: BTreeMap<Layer, u32>,
@@ -68,6 +70,8 @@ struct Incident {
     failed_starts: BTreeSet<u64>,
     /// Said for certain since the last step or start.
     serves: bool,
+    /// The last climb was one that a person asked for: what follows it is of no schedule.
+    asked: bool,
     /// Rebooted while it waited: engine time and true time differ by an unknown part of the wait.
     vague: bool,
     /// When the last climb ended, what it said of the next, the evidence then.
@@ -82,6 +86,8 @@ struct Held {
     /// Someone kept the next climb back: hands off, a start in progress, a death.
     excused: bool,
     degraded: bool,
+    /// The node serves, with damage that nothing could mend.
+    serves: bool,
 }
 
 /// All checkers and their books.
@@ -333,6 +339,7 @@ impl Checks {
                     failed: BTreeSet::new(),
                     failed_starts: BTreeSet::new(),
                     serves: false,
+                    asked: false,
                     vague: false,
                     held: None,
                 });
@@ -345,6 +352,7 @@ impl Checks {
                     incident.scheduled = 0;
                     incident.held = None;
                     incident.serves = false;
+                    incident.asked = false;
                 }
                 self.climb = None;
             }
@@ -353,7 +361,7 @@ impl Checks {
                     climb.noticed = true;
                 }
             }
-            Event::ClimbBegan { full, .. } => self.climb_began(world, *full)?,
+            Event::ClimbBegan { full, only, .. } => self.climb_began(world, *full, *only)?,
             Event::Passed { layer, reason } => self.passed(world, *layer, reason)?,
             Event::Intent { step, layer, deadline, inputs, .. } => {
                 self.intent(world, *step, *layer, world.at(*deadline), *inputs)?;
@@ -397,9 +405,14 @@ impl Checks {
                 self.truly_serves(world, false)?;
                 self.climb = None;
                 if let Some(incident) = &mut self.incident {
-                    let held =
-                        Held { since_ms: world.now, wait_ms: 0, evidence: 0, excused: true, degraded: true };
-                    incident.held = Some(held);
+                    incident.held = Some(Held {
+                        since_ms: world.now,
+                        wait_ms: 0,
+                        evidence: 0,
+                        excused: true,
+                        degraded: true,
+                        serves: true,
+                    });
                 }
             }
             Event::Recovered { .. } => {
@@ -411,8 +424,9 @@ impl Checks {
                 self.emergency(world, *retry_in_ms, *evidence)?;
             }
             Event::Postponed { retry_in_ms, evidence, .. } => {
+                self.postponed(world)?;
                 self.climb = None;
-                self.hold(world, *retry_in_ms, *evidence)?;
+                self.hold(world, *retry_in_ms, *evidence, true)?;
             }
             Event::LeftAlone { .. } => self.close(world)?,
             Event::Rebooted => {
@@ -446,24 +460,33 @@ impl Checks {
         Ok(())
     }
 
-    fn climb_began(&mut self, world: &World, full: bool) -> Check {
+    fn climb_began(&mut self, world: &World, full: bool, only: Option<Layer>) -> Check {
         self.counts.climbs += 1;
         let now = self.active(world);
+        // One that was asked for ends with its layer, and is followed by one of all layers.
+        if let Some(climb) = self.climb.take() {
+            let spent = now.saturating_sub(climb.began_ms) + 30_000 >= CLIMB_MS || climb.disturbed;
+            let over = climb.only.is_some_and(|layer| climb.done.contains(&layer) || spent);
+            self.climb = (!over).then_some(climb);
+        }
         self.must(self.climb.is_none(), "one-climb", world, "a climb begins inside another")?;
         self.nothing_lives(world, "climb")?;
         let evidence = self.ladder.as_ref().map_or(0, |ladder| ladder.evidence);
         let disturbed = self.lost;
-        self.climb = Some(Climb { began_ms: now, full, disturbed, ..Climb::default() });
+        self.climb = Some(Climb { began_ms: now, full, only, disturbed, ..Climb::default() });
         let Some(incident) = &mut self.incident else { return Ok(()) };
-        let mut scheduled = true;
+        let after_asked = std::mem::replace(&mut incident.asked, only.is_some());
+        let mut scheduled = only.is_none() && !after_asked;
+        let mut spared = false;
         if let Some(held) = incident.held.take() {
+            spared = held.serves && incident.kind == IncidentKind::Damage;
             let waited_ms = world.now.saturating_sub(held.since_ms);
             let early = waited_ms + 1 < held.wait_ms;
-            scheduled = !early && !held.degraded;
+            scheduled &= !early && !held.degraded;
             let (serves, vague) = (incident.serves, incident.vague);
             self.must(!(held.degraded && serves), "served-is-left", world, "a serving node is climbed for")?;
             let new = held.evidence != evidence || vague;
-            let allowed = !early || new && waited_ms >= 60_000 || self.lost;
+            let allowed = !early || new && waited_ms >= 60_000 || self.lost || only.is_some();
             self.must(held.degraded || allowed, "retry-schedule", world, "a climb begins too early")?;
             let late_ms = held.wait_ms + 2 * CLIMB_MS;
             let late = waited_ms > late_ms && !held.excused && !held.degraded;
@@ -471,7 +494,7 @@ impl Checks {
         }
         if let Some(incident) = &mut self.incident {
             incident.scheduled += u32::from(scheduled);
-            let due = incident.scheduled > 3;
+            let due = incident.scheduled > 3 && !spared;
             if full {
                 incident.failed.clear();
                 incident.failed_starts.clear();
@@ -512,6 +535,13 @@ impl Checks {
     fn intent(&mut self, world: &World, step: u64, layer: Layer, deadline: u64, inputs: u64) -> Check {
         let now = self.active(world);
         self.must(self.climb.is_some() || self.lost, "one-climb", world, "a step outside a climb")?;
+        let asked = self.climb.as_ref().and_then(|climb| climb.only);
+        self.must(
+            asked.is_none_or(|asked| asked == layer),
+            "only-what-was-asked",
+            world,
+            "another layer is tried in a climb that was asked for one",
+        )?;
         self.intents.insert(step);
         let latent = self.incident.as_ref().is_some_and(|incident| incident.kind == IncidentKind::Latent);
         self.must(
@@ -612,14 +642,47 @@ impl Checks {
         self.blamed = false;
     }
 
+    /// The node has truly served for so long that no honest judge can have missed it.
+    fn plainly_serves(world: &World) -> bool {
+        let (from, to) = world.served;
+        world.serving() && to.saturating_sub(from) >= 30_000
+    }
+
+    /// postponed-serves: what is told as damage of a node that serves is no outage.
+    fn postponed(&self, world: &World) -> Check {
+        let in_place = self.incident.as_ref().is_some_and(|incident| incident.kind == IncidentKind::Latent);
+        let (_, to) = world.served;
+        let serves = world.serving() || to.saturating_add(15_000) >= world.now;
+        self.must(
+            in_place || serves || self.lost,
+            "postponed-serves",
+            world,
+            "a fallen node is told as one that serves",
+        )
+    }
+
     fn emergency(&mut self, world: &World, wait_ms: u64, evidence: u64) -> Check {
         self.counts.emergencies += 1;
         self.nothing_lives(world, "emergency")?;
+        let deaf = self.climb.as_ref().is_none_or(|climb| climb.disturbed) || self.lost;
+        self.must(
+            deaf || !Checks::plainly_serves(world),
+            "serving-is-no-emergency",
+            world,
+            "an emergency while the node serves",
+        )?;
         let Some(climb) = self.climb.take() else { return Ok(()) };
         let now = self.active(world);
         let ran_ms = now.saturating_sub(climb.began_ms);
-        // A layer that does not apply loses nothing when the last one that does ends with the climb's time.
-        let absent = |layer| self.ladder.as_ref().is_some_and(|ladder| ladder.applies(layer).is_err());
+        // A layer that does not apply, or failed on these inputs, loses nothing when the last one that does ends with the climb's time.
+        let absent = |layer| {
+            self.ladder.as_ref().is_some_and(|ladder| match ladder.applies(layer) {
+                Ok(rung) => {
+                    self.incident.as_ref().is_some_and(|one| one.failed.contains(&(layer, rung.inputs)))
+                }
+                Err(_) => true,
+            })
+        };
         let all = Layer::CLIMB
             .into_iter()
             .all(|layer| climb.done.contains(&layer) || climb.intents.contains_key(&layer) || absent(layer));
@@ -632,19 +695,21 @@ impl Checks {
                 self.emergency_due = Some((key, climb.began_ms + CLIMB_MS));
             }
         }
-        self.hold(world, wait_ms, evidence)
+        self.hold(world, wait_ms, evidence, false)
     }
 
-    fn hold(&mut self, world: &World, wait_ms: u64, evidence: u64) -> Check {
+    fn hold(&mut self, world: &World, wait_ms: u64, evidence: u64, serves: bool) -> Check {
         let now = world.now;
         let Some(incident) = &mut self.incident else { return Ok(()) };
         incident.serves = false;
+        incident.asked = false;
         let want_ms = match incident.scheduled {
             0 | 1 => 300_000,
             2 => 900_000,
             _ => 1_800_000,
         };
-        incident.held = Some(Held { since_ms: now, wait_ms, evidence, excused: false, degraded: false });
+        incident.held =
+            Some(Held { since_ms: now, wait_ms, evidence, excused: false, degraded: false, serves });
         let vague = incident.vague || self.lost;
         let right = wait_ms.abs_diff(want_ms) <= want_ms / JITTER || vague;
         self.must(right, "retry-schedule", world, "the next climb is not planned for 5, 15 or 30 minutes")

@@ -55,6 +55,10 @@ pub fn live(seed: u64, mutant: Option<Mutant>, flip_codes: bool, traced: bool) -
             world.absent.push(layer);
         }
     }
+    if world.rng.chance(60) {
+        // A host with nothing to mend from.
+        world.absent.extend(Layer::CLIMB.into_iter().skip(1));
+    }
     world.enabled = world.rng.chance(500);
     world.injections = injections;
     let mut site = Site {
@@ -161,6 +165,7 @@ fn calm(world: &mut World) {
     world.journal_bad = false;
     world.alert_bad = false;
     world.hands_off = false;
+    world.asked = None;
     world.absent.clear();
     world.sources += 1;
     for container in world.containers.iter_mut().filter(|one| !one.foreign) {
@@ -210,7 +215,7 @@ fn schedule(rng: &mut Prng) -> (Faults, Vec<(u64, Inject)>, u64) {
     for _ in 0..rng.between(1, 6) {
         let at = rng.between(1_000, span);
         let lasts = rng.between(1_000, 900_000);
-        match rng.draw() % 16 {
+        match rng.draw() % 17 {
             0..=2 => injections.push((at, Inject::KillGate)),
             3 | 4 => injections.push((at, Inject::HangGate)),
             5..=10 => {
@@ -233,6 +238,11 @@ fn schedule(rng: &mut Prng) -> (Faults, Vec<(u64, Inject)>, u64) {
                 injections.push((at, Inject::AlertBad(true)));
                 injections.push((at + lasts, Inject::AlertBad(false)));
             }
+            15 => {
+                let layers =
+                    [Layer::InPlace, Layer::Restart, Layer::Restore, Layer::Restore, Layer::SystemInstall];
+                injections.push((at, Inject::Ask(rng.pick(&layers, Layer::Restore))));
+            }
             _ => injections.push((at, Inject::Reboot)),
         }
     }
@@ -254,7 +264,8 @@ fn breaks(rng: &mut Prng) -> Inject {
             fixers.push(layer);
         }
     }
-    let broken = Broken { fixers, interrupts: rng.chance(300), hidden: rng.chance(250) };
+    let interrupts = rng.chance(300);
+    let broken = Broken { fixers, interrupts, mild: interrupts && rng.chance(300), hidden: rng.chance(250) };
     let falls = rng.chance(600);
     Inject::Break(broken, falls)
 }

@@ -92,6 +92,8 @@ pub struct Broken {
     pub fixers: Vec<Layer>,
     /// A repair needs an interruption.
     pub interrupts: bool,
+    /// A gateway that is started with it serves all the same.
+    pub mild: bool,
     /// Not seen by the sweep (a layer 0 restart is tried, files seem intact).
     pub hidden: bool,
 }
@@ -144,6 +146,8 @@ pub enum Inject {
     AlertBad(bool),
     /// Somebody starts the gateway if it is down.
     OuterStart,
+    /// A person asks for one layer.
+    Ask(Layer),
     /// The machine reboots.
     Reboot,
 }
@@ -186,6 +190,8 @@ pub struct World {
     pub journal_bad: bool,
     /// Nothing may be touched.
     pub hands_off: bool,
+    /// A person asked for this layer and no climb has begun for it.
+    pub asked: Option<Layer>,
     /// The machine rebooted since the agent last looked.
     pub rebooted: bool,
     /// Starts by others that the agent has not seen yet.
@@ -232,6 +238,7 @@ impl World {
             alert_bad: false,
             journal_bad: false,
             hands_off: false,
+            asked: None,
             rebooted: false,
             outer_starts: 0,
             served: (0, 0),
@@ -315,7 +322,7 @@ impl World {
             }
             if spoiled {
                 let fixers = vec![Layer::Restore, Layer::SystemInstall, Layer::UserInstall, Layer::PeerCopy];
-                self.broken = Some(Broken { fixers, interrupts: true, hidden: false });
+                self.broken = Some(Broken { fixers, interrupts: true, mild: false, hidden: false });
                 self.broke_at = now;
                 self.disk = mix(self.disk ^ 0xDEAD);
                 self.gate = Gate::Down;
@@ -374,6 +381,7 @@ impl World {
                     self.start();
                 }
             }
+            Inject::Ask(layer) => self.asked = Some(layer),
             Inject::Reboot => self.reboot(),
         }
     }
@@ -382,6 +390,7 @@ impl World {
     pub fn reboot(&mut self) {
         self.rebooted = true;
         self.containers.retain(|container| container.foreign);
+        self.asked = None;
         self.gate = Gate::Down;
         let gap = self.rng.between(15_000, 120_000);
         self.now += gap;
@@ -455,7 +464,7 @@ impl World {
         if self.rng.chance(self.faults.degraded) {
             self.degraded_until = now + takes + self.rng.between(1_000, 300_000);
         }
-        self.gate = if self.broken.is_some() {
+        self.gate = if self.broken.as_ref().is_some_and(|broken| !broken.mild) {
             let dies_at = if stalls { NEVER } else { now + takes.min(40_000) };
             Gate::Starting { since: now, ready_at: NEVER, dies_at, moves_until: now + takes.min(40_000) }
         } else if stalls {

@@ -10,9 +10,9 @@ use crate::seal;
 use crate::snapshot::{Known, WORKERS, to_path};
 use crate::tree::{Entry, EntryKind, TreeReader, TreeWriter, compare_paths};
 use crate::walk::{COMPANIONS, Filter, Found, Step, Walk};
-use crate::{Depth, Difference, DifferenceKind};
+use crate::{Depth, Difference, DifferenceKind, files};
 use host::clock::Deadline;
-use host::{Error, Kind, Result};
+use host::{Context, Error, Kind, Result};
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError, mpsc};
@@ -470,8 +470,26 @@ fn refresh(layout: &Layout, reference: &RootRef, mut refreshed: Vec<Entry>) -> R
     }
     // The basis stands in the first frame, so an index that keeps it is copied under it once more.
     let tmp = if basis == [0; 16] { tmp } else { rebase(layout, &tmp, basis)? };
-    std::fs::rename(&tmp.1, &path).map_err(|e| Error::io(format!("publishing {}", path.display()), &e))?;
+    files::rename(&tmp.1, &path).context(|| format!("publishing {}", path.display()))?;
     Ok(())
+}
+
+/// Lets the index vouch for these no more: the quick look will read them.
+pub(crate) fn distrust(layout: &Layout, reference: &RootRef, paths: &[Vec<u8>]) -> Result<()> {
+    let path = layout.index_path(&reference.root.name);
+    // Without an index nothing is vouched for.
+    let Ok(mut old) = TreeReader::index(&path, &layout.key) else { return Ok(()) };
+    let basis = old.basis;
+    let mut new = TreeWriter::index(layout.tmp_file()?, &layout.key, seal::new_id()?, basis)?;
+    let wrong: HashSet<&[u8]> = paths.iter().map(Vec::as_slice).collect();
+    while let Some(mut entry) = old.next()? {
+        if wrong.contains(entry.path.as_slice()) {
+            entry.live.ctime_ns = 0;
+        }
+        new.push(&entry)?;
+    }
+    let (_, tmp) = new.finish()?;
+    files::rename(&tmp, &path).context(|| format!("publishing {}", path.display()))
 }
 
 /// Copies an index, to repeat another manifest with the same entries.
@@ -485,6 +503,6 @@ pub(crate) fn rebase(
     while let Some(e) = old.next()? {
         new.push(&e)?;
     }
-    let _ = std::fs::remove_file(&from.1);
+    let _ = files::remove(&from.1);
     new.finish()
 }

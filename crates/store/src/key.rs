@@ -2,9 +2,12 @@
 //!
 //! Without it nothing in the store can be read, and no object of a user class can be recognised by its name.
 
-use crate::hex;
+use crate::{files, hex};
 use host::{Context, Error, Kind, Result};
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -83,12 +86,24 @@ impl Key {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).context(what)?;
         }
+        // Whole before it has its name: a power cut must not leave an empty key in the way of every later start.
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        let new = Path::new(&new);
+        let _ = files::remove(new);
         let mut file =
-            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).context(what)?;
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(new).context(what)?;
         file.write_all(format!("{FILE_WORD} {}\n", hex::encode(&secret)).as_bytes()).context(what)?;
-        file.sync_all().context(what)?;
+        files::sync_file(&file).context(what)?;
+        let (from, to) = (new.as_os_str().as_bytes(), path.as_os_str().as_bytes());
+        match files::rename_at(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) if !path.exists() => {
+                files::rename(new, path).context(what)?;
+            }
+            done => done.context(what)?,
+        }
         if let Some(parent) = path.parent() {
-            std::fs::File::open(parent).and_then(|d| d.sync_all()).context(what)?;
+            files::sync_dir(parent)?;
         }
         Ok(Key::derive(&secret))
     }

@@ -83,6 +83,10 @@ impl Layout {
         if !format.exists() {
             std::fs::write(&format, format!("{FORMAT_WORDS} {}\n", seal::FORMAT_VERSION))
                 .context(|| format!("writing {}", format.display()))?;
+            files::sync_dir(dir)?;
+            if let Some(parent) = dir.parent() {
+                files::sync_dir(parent)?;
+            }
         }
         layout.check_format()?;
         Ok(layout)
@@ -207,7 +211,7 @@ impl Layout {
         let tmp = self.tmp();
         for entry in std::fs::read_dir(&tmp).context(|| format!("listing {}", tmp.display()))? {
             let path = entry.context(|| format!("listing {}", tmp.display()))?.path();
-            std::fs::remove_file(&path).context(|| format!("removing {}", path.display()))?;
+            files::remove(&path).context(|| format!("removing {}", path.display()))?;
         }
         Ok(())
     }
@@ -284,7 +288,7 @@ impl Layout {
 
     pub(crate) fn remove_head(&self, id: &str) -> Result<()> {
         for path in [self.head_path(id), self.trust_path(id)] {
-            match std::fs::remove_file(&path) {
+            match files::remove(&path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Error::io(format!("removing {}", path.display()), &e));
                 }

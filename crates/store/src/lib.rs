@@ -10,14 +10,21 @@ mod beneath;
 mod compare;
 mod content;
 mod database;
+mod elsewhere;
+#[cfg(feature = "fault")]
+#[doc(hidden)]
+pub mod fault;
 mod files;
+mod heal;
 mod hex;
 mod key;
 mod layout;
+mod leftovers;
 mod pack;
 mod prune;
 mod quarantine;
 mod repair;
+mod scrub;
 mod seal;
 mod snapshot;
 mod spare;
@@ -131,6 +138,31 @@ impl Store {
         verify::run(&self.layout, id, deadline)
     }
 
+    /// Proves the whole store and writes anew what was lost, from the live trees, the spares (root name, tree) and its own
+    /// index. What nobody has is named. A snapshot that needs it loses its trust as soon as every class it holds is in
+    /// another trusted snapshot that is whole; until then part of it is better than nothing.
+    pub fn heal(&self, spares: &[(String, PathBuf)], deadline: Deadline) -> Result<Healed> {
+        heal::run(&self.layout, None, spares, deadline)
+    }
+
+    /// One small portion of the slow look at every byte of the converging live trees, the spares and the store; `cursor`
+    /// is what the portion before gave. Reads under no lock and waits for nobody.
+    pub fn scrub(
+        &self,
+        cursor: Option<ScrubCursor>,
+        portion: Portion,
+        spares: &[(String, PathBuf)],
+        deadline: Deadline,
+    ) -> Result<Scrubbed> {
+        scrub::run(&self.layout, cursor, portion, spares, deadline)
+    }
+
+    /// Moves what killed repairs of this store left under these roots, or beside them, to `quarantine` and says how
+    /// many there were; none while a repair is at work.
+    pub fn collect_leftovers(&self, roots: &[Root], quarantine: &Path, deadline: Deadline) -> Result<u64> {
+        leftovers::collect(&self.layout, roots, quarantine, deadline)
+    }
+
     /// How the live trees differ from a snapshot, in the given classes. At most 50,000 differences per root; then
     /// the last is [`DifferenceKind::TooMany`].
     pub fn compare(
@@ -160,18 +192,21 @@ impl Store {
             report.entries += looked.entries;
             report.hashed += looked.hashed;
             report.differences.extend(looked.differences);
+            report.leftovers += leftovers::count(&self.layout, &looked.leftovers);
         }
         report.cost = meter.cost(0);
         Ok(report)
     }
 
-    /// Puts the live trees right from this one snapshot. Everything needed is proven before anything is touched.
+    /// Puts the live trees right from this one snapshot. Everything needed is proven before anything is touched; what the
+    /// store has lost comes from the spares and the live trees, if they have it.
     pub fn repair(&self, id: &str, scope: Scope<'_>, plan: &Plan, deadline: Deadline) -> Result<Repaired> {
         repair::run(&self.layout, &self.layout.head(id)?, scope, plan, deadline)
     }
 
     /// Puts whole classes right from the newest trusted snapshot that holds them all and whose objects verify, else
-    /// the next older; `accept` may refuse one (a gate) with its reason.
+    /// the next older; `accept` may refuse one (a gate) with its reason. With [`Plan::partial`] and none that is whole,
+    /// from the newest what it still has.
     pub fn repair_newest(
         &self,
         classes: &[Class],
@@ -182,13 +217,17 @@ impl Store {
         let (heads, unreadable) = self.layout.heads()?;
         let mut passed_over: Vec<PassedOver> =
             unreadable.into_iter().rev().map(|(id, e)| PassedOver { id, why: e.to_string() }).collect();
-        for head in heads.iter().rev().filter(|h| h.info.trust.trusted()) {
-            match self.try_repair(head, classes, plan, accept, deadline) {
-                Ok(done) => return Ok(Repaired { passed_over, ..done }),
-                Err(e) if matches!(e.kind, Kind::Corrupt | Kind::NotFound) => {
-                    passed_over.push(PassedOver { id: head.info.id.clone(), why: e.to_string() });
+        // One that is whole comes first, however old; only then what is left of the newest.
+        let whole = Plan { partial: false, ..plan.clone() };
+        for plan in [&whole, plan].into_iter().take(if plan.partial { 2 } else { 1 }) {
+            for head in heads.iter().rev().filter(|h| h.info.trust.trusted()) {
+                match self.try_repair(head, classes, plan, accept, deadline) {
+                    Ok(done) => return Ok(Repaired { passed_over, ..done }),
+                    Err(e) if matches!(e.kind, Kind::Corrupt | Kind::NotFound) => {
+                        passed_over.push(PassedOver { id: head.info.id.clone(), why: e.to_string() });
+                    }
+                    Err(e) => return Err(e),
                 }
-                Err(e) => return Err(e),
             }
         }
         let why = match passed_over.as_slice() {

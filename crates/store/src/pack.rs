@@ -214,6 +214,13 @@ pub(crate) struct Pack {
     pub(crate) index_damage: Option<String>,
 }
 
+/// Lets the next reader of a pack see the disk instead of the page cache. A hint; where it is not heeded, nothing is lost.
+pub(crate) fn drop_from_cache(path: &Path) {
+    if let Ok(file) = File::open(path) {
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+}
+
 /// Where an object lies.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Record {
@@ -243,8 +250,8 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    /// Reads the index of every pack in the directory.
-    pub(crate) fn load(dir: &Path, key: &Key) -> Result<Objects> {
+    /// Every pack in the directory, by name.
+    pub(crate) fn paths(dir: &Path) -> Result<Vec<PathBuf>> {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(dir).context(|| format!("listing {}", dir.display()))? {
             let path = entry.context(|| format!("listing {}", dir.display()))?.path();
@@ -253,6 +260,20 @@ impl Objects {
             }
         }
         paths.sort();
+        Ok(paths)
+    }
+
+    /// Reads the index of every pack in the directory.
+    pub(crate) fn load(dir: &Path, key: &Key) -> Result<Objects> {
+        Objects::of(Objects::paths(dir)?, key)
+    }
+
+    /// Reads the index of one pack.
+    pub(crate) fn load_one(path: &Path, key: &Key) -> Result<Objects> {
+        Objects::of(vec![path.to_owned()], key)
+    }
+
+    fn of(paths: Vec<PathBuf>, key: &Key) -> Result<Objects> {
         let mut all = Objects { packs: Vec::new(), records: Vec::new(), lost: Vec::new() };
         for path in paths {
             let ordinal = u32::try_from(all.packs.len()).unwrap_or(u32::MAX);
@@ -276,6 +297,24 @@ impl Objects {
     pub(crate) fn has(&self, name: &Name) -> bool {
         self.records.binary_search_by(|r| r.name.cmp(name)).is_ok()
     }
+
+    /// Where an object lies in several places, forgets those that fail their proof, so that nobody keeps the broken one
+    /// and throws the good one away. A crash between healing and removing leaves such twins; there are few.
+    pub(crate) fn forget_broken_twins(&mut self, key: &Key) {
+        let mut reader = ObjectReader::new(self, key);
+        let mut keep = Vec::with_capacity(self.records.len());
+        for twins in self.records.chunk_by(|a, b| a.name == b.name) {
+            let before = keep.len();
+            if twins.len() > 1 {
+                keep.extend(twins.iter().filter(|r| reader.proves(r)).copied());
+            }
+            // One alone is not looked at, and of none that is right all stay, for whoever can mend them.
+            if keep.len() == before {
+                keep.extend_from_slice(twins);
+            }
+        }
+        self.records = keep;
+    }
 }
 
 impl Pack {
@@ -287,8 +326,12 @@ impl Pack {
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(|_| corrupt("it is cut short"))?;
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-        // The header is part of every block's proof, so a damaged one is fatal to its pack.
-        seal::check_header(&header, FileKind::Pack, key).map_err(|why| corrupt(&why))?;
+        // The header is part of every block's proof: without it as it was, nothing of the pack opens.
+        let mut header_damage = None;
+        if let Err(why) = seal::check_header(&header, FileKind::Pack, key) {
+            header = seal::mend_header(&header, FileKind::Pack, key).ok_or_else(|| corrupt(&why))?;
+            header_damage = Some(why);
+        }
         let mut pack =
             Pack { path: path.to_owned(), name, file, header, bytes, blocks: Vec::new(), index_damage: None };
         let from = records.len();
@@ -298,6 +341,7 @@ impl Pack {
             pack.scan_blocks(key, ordinal, records)?;
             pack.index_damage = Some(why);
         }
+        pack.index_damage = header_damage.or(pack.index_damage);
         Ok(pack)
     }
 
@@ -500,6 +544,16 @@ impl<'a> ObjectReader<'a> {
                 Err(format!("block {number} of pack {}: {why}", held.name))
             }
         }
+    }
+
+    /// Whether this very place holds what it says.
+    pub(crate) fn proves(&mut self, record: &Record) -> bool {
+        let from = record.offset as usize;
+        self.block(record.pack, record.block).is_ok_and(|b| {
+            b.data()
+                .get(from..from + record.length())
+                .is_some_and(|bytes| self.key.name(record.domain(), bytes) == record.name)
+        })
     }
 
     /// Appends the object's bytes to `out` if any place in the store holds them and they are right.

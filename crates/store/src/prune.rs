@@ -68,7 +68,8 @@ pub(crate) fn run(layout: &Layout, limit_bytes: u64, deadline: Deadline) -> Resu
         return Err(Error::new(Kind::TimedOut, "pruning the store", "a repair or verify is reading from it")
             .hint("it is tried again at the next snapshot"));
     };
-    let objects = Objects::load(&layout.packs(), &layout.key)?;
+    let mut objects = Objects::load(&layout.packs(), &layout.key)?;
+    objects.forget_broken_twins(&layout.key);
     let keep = protected(&heads);
     let mut needed = Needed::none(&objects);
     let mut seen = HashSet::new();
@@ -109,6 +110,7 @@ pub(crate) fn run(layout: &Layout, limit_bytes: u64, deadline: Deadline) -> Resu
     // A snapshot whose record cannot be read may be mended by hand: its manifests and objects stay as long as there is
     // room. Nobody can tell them from what is needed by none.
     if bad.is_empty() || full || done.before_bytes > limit_bytes {
+        remove_trust(layout)?;
         remove_trees(layout, &kept)?;
         collect(layout, &objects, &needed, deadline)?;
     }
@@ -146,10 +148,24 @@ fn remove_trees(layout: &Layout, kept: &[&Head]) -> Result<()> {
         let path = entry.context(|| format!("listing {}", dir.display()))?.path();
         let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         if !named.contains(stem.as_str()) {
-            std::fs::remove_file(&path).context(|| format!("removing {}", path.display()))?;
+            files::remove(&path).context(|| format!("removing {}", path.display()))?;
         }
     }
     files::sync_dir(&dir)
+}
+
+/// Removes trust in snapshots that are gone: a crash between a record and its trust leaves one.
+fn remove_trust(layout: &Layout) -> Result<()> {
+    let there: HashSet<String> = layout.ids()?.into_iter().collect();
+    let dir = layout.dir.join("trust");
+    for entry in std::fs::read_dir(&dir).context(|| format!("listing {}", dir.display()))? {
+        let path = entry.context(|| format!("listing {}", dir.display()))?.path();
+        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        if !there.contains(&stem) {
+            files::remove(&path).context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes packs that nobody needs and rewrites those that few need.
@@ -174,7 +190,7 @@ fn collect(layout: &Layout, objects: &Objects, needed: &Needed, deadline: Deadli
     for pack in old {
         if moved[pack] {
             let path = &objects.packs[pack].path;
-            std::fs::remove_file(path).context(|| format!("removing {}", path.display()))?;
+            files::remove(path).context(|| format!("removing {}", path.display()))?;
         }
     }
     files::sync_dir(&layout.packs())

@@ -1,6 +1,7 @@
 //! Where everything goes that a repair replaces or removes. Nothing is deleted to make room for something else.
 
 use crate::beneath::{DIR, Stat, open_beneath};
+use crate::files;
 use crate::snapshot::to_path;
 use host::{Context, Error, Kind, Result};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
@@ -54,7 +55,7 @@ impl<'a> Quarantine<'a> {
         let mut copied = false;
         for number in 0..MAX_SAME_NAME {
             let candidate = numbered(&last, number);
-            match rustix::fs::renameat_with(from, name, &dir, &candidate, RenameFlags::NOREPLACE) {
+            match files::rename_at(from, name, &dir, &candidate, RenameFlags::NOREPLACE) {
                 Ok(()) => {}
                 Err(Errno::EXIST) => continue,
                 Err(Errno::NOENT) => return Ok(()),
@@ -62,14 +63,14 @@ impl<'a> Quarantine<'a> {
                     if Stat::at(dir.as_fd(), &candidate).is_ok() {
                         continue;
                     }
-                    rustix::fs::renameat(from, name, &dir, &candidate).context(what)?;
+                    files::rename_at(from, name, &dir, &candidate, RenameFlags::empty()).context(what)?;
                 }
                 Err(Errno::XDEV) => {
                     if Stat::at(dir.as_fd(), &candidate).is_ok() {
                         continue;
                     }
                     copy_tree(from, name, dir.as_fd(), &candidate, MAX_DEPTH).context(what)?;
-                    rustix::fs::syncfs(&dir).context(what)?;
+                    files::sync_file_system(&dir).context(what)?;
                     remove_tree(from, name).context(what)?;
                     copied = true;
                 }
@@ -86,7 +87,7 @@ impl<'a> Quarantine<'a> {
     pub(crate) fn sync(&self) -> Result<()> {
         match &self.dir {
             Some(d) if self.moved > 0 => {
-                rustix::fs::fsync(d).context(|| format!("syncing the quarantine {}", self.path.display()))
+                files::sync_opened(d).context(|| format!("syncing the quarantine {}", self.path.display()))
             }
             Some(_) | None => Ok(()),
         }
@@ -199,7 +200,7 @@ pub(crate) fn remove_tree(dir: BorrowedFd<'_>, name: &[u8]) -> std::io::Result<(
         other => other?,
     };
     if !s.is_dir() {
-        return Ok(rustix::fs::unlinkat(dir, name, AtFlags::empty())?);
+        return Ok(files::remove_at(dir, name)?);
     }
     let inner = open_beneath(dir, name, DIR, Mode::empty())?;
     for child in list(inner.as_fd())? {

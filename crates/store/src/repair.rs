@@ -9,7 +9,8 @@
 use crate::beneath::{Base, DIR, NoBase, OWN_PREFIX, Stat, chmod_handle, handle, open_beneath};
 use crate::compare::{self, Ids};
 use crate::content::{domain, late};
-use crate::files::Meter;
+use crate::elsewhere::{Elsewhere, Missed, Origin};
+use crate::files::{self, Meter};
 use crate::key::{self, Domain, Name};
 use crate::layout::{Head, Layout, RootRef};
 use crate::pack::{ObjectReader, Objects};
@@ -17,7 +18,7 @@ use crate::quarantine::Quarantine;
 use crate::snapshot::{WORKERS, no_base, to_path};
 use crate::tree::{Entry, EntryKind, TreeReader, compare_paths, is_safe, is_within};
 use crate::walk::COMPANIONS;
-use crate::{Depth, Difference, DifferenceKind, Plan, Repaired, Scope, hex};
+use crate::{Depth, Difference, DifferenceKind, Lost, Plan, Repaired, Scope, hex};
 use host::clock::Deadline;
 use host::{Context, Error, Kind, Result};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
@@ -43,6 +44,8 @@ const MAX_UNDER_WAY: usize = 6;
 const SPACE_MARGIN_BYTES: u64 = 16 * 1024 * 1024;
 /// Rounds of a repair whose differences do not fit one report.
 const MAX_ROUNDS: usize = 200;
+/// Lost files that are listed one by one.
+const MAX_LOST: usize = 1_000;
 /// Names looked at beside a root for what a crash of ours left there.
 const MAX_BESIDE: usize = 100_000;
 
@@ -217,10 +220,15 @@ fn round(
         layout.prove_tree(&work.reference)?;
     }
     let objects = Objects::load(&layout.packs(), &layout.key)?;
+    let now = works.iter().map(|w| &w.reference).chain(&head.trees).cloned().collect();
+    let elsewhere = Elsewhere::new(layout, now, &plan.spares, deadline);
     let mut stage = Stage {
         layout,
         head,
         objects: &objects,
+        elsewhere: &elsewhere,
+        partial: plan.partial,
+        lost: Vec::new(),
         ids: ids(plan),
         spares: &plan.spares,
         deadline,
@@ -229,6 +237,7 @@ fn round(
         files: AtomicU64::new(0),
         bytes: AtomicU64::new(0),
         from_live: AtomicU64::new(0),
+        from_other_spare: AtomicU64::new(0),
         dirs: 0,
         links: 0,
         whole: Vec::new(),
@@ -247,6 +256,10 @@ fn round(
     done.files += stage.files.load(Atomic::Relaxed);
     done.bytes += stage.bytes.load(Atomic::Relaxed);
     done.objects_from_live += stage.from_live.load(Atomic::Relaxed);
+    done.objects_from_spare += stage.from_other_spare.load(Atomic::Relaxed);
+    done.lost_files = stage.lost.len() as u64;
+    stage.lost.truncate(MAX_LOST);
+    done.lost = std::mem::take(&mut stage.lost);
     done.dirs += stage.dirs;
     done.links += stage.links;
     done.whole_roots.append(&mut stage.whole);
@@ -256,19 +269,30 @@ fn round(
     }
     done.quarantined += quarantine.moved;
     quarantine.sync()?;
-    Ok(true)
+    Ok(staged.iter().any(|s| !s.steps.is_empty()))
 }
 
-fn own_prefix(layout: &Layout) -> Vec<u8> {
+/// What the names of our unfinished pieces begin with: ours, and of this store.
+pub(crate) fn own_prefix(layout: &Layout) -> Vec<u8> {
     [OWN_PREFIX, &hex::encode(&layout.key.id()).into_bytes()].concat()
 }
 
 /// What an earlier repair that died left behind: half-made pieces, or the old ones already exchanged.
 fn aside_leftovers(layout: &Layout, work: &Work, quarantine: &mut Quarantine<'_>) -> Result<()> {
     let Some(base) = open_root(&work.reference)? else { return Ok(()) };
+    aside(layout, &base, &work.reference.root.name, &work.leftovers, quarantine)
+}
+
+/// Moves what is ours of these, and of what lies beside the root, to the quarantine.
+pub(crate) fn aside(
+    layout: &Layout,
+    base: &Base,
+    name: &str,
+    leftovers: &[Vec<u8>],
+    quarantine: &mut Quarantine<'_>,
+) -> Result<()> {
     let ours = own_prefix(layout);
-    let name = &work.reference.root.name;
-    for path in &work.leftovers {
+    for path in leftovers {
         let (dir, last) = match base.parent_of(path) {
             Ok(p) => p,
             Err(_) => continue,
@@ -300,10 +324,21 @@ struct Job {
     name: Vec<u8>,
 }
 
+/// A file whose bytes nobody has: its name in the directory it was to be in, and its path.
+struct Gone {
+    name: Vec<u8>,
+    path: Vec<u8>,
+    database: bool,
+    why: String,
+}
+
 struct Stage<'a> {
     layout: &'a Layout,
     head: &'a Head,
     objects: &'a Objects,
+    elsewhere: &'a Elsewhere<'a>,
+    partial: bool,
+    lost: Vec<Lost>,
     ids: Ids,
     spares: &'a [(String, std::path::PathBuf)],
     deadline: Deadline,
@@ -314,6 +349,7 @@ struct Stage<'a> {
     files: AtomicU64,
     bytes: AtomicU64,
     from_live: AtomicU64,
+    from_other_spare: AtomicU64,
     dirs: u64,
     links: u64,
     whole: Vec<String>,
@@ -326,7 +362,9 @@ type Borrowed = (OwnedFd, Vec<u8>, Arc<OwnedFd>, Vec<u8>);
 /// Sends jobs to the workers and counts what is under way.
 struct Feed {
     to_work: mpsc::Sender<Vec<Job>>,
-    results: mpsc::Receiver<Result<()>>,
+    results: mpsc::Receiver<Result<Vec<Gone>>>,
+    /// What could not be written because nobody has its bytes.
+    gone: Vec<Gone>,
     jobs: Vec<Job>,
     bytes: u64,
     under_way: usize,
@@ -347,15 +385,16 @@ impl Feed {
             self.receive()?;
         }
         self.bytes = 0;
-        self.to_work.send(std::mem::take(&mut self.jobs)).map_err(|_| gone())?;
+        self.to_work.send(std::mem::take(&mut self.jobs)).map_err(|_| ended_early())?;
         self.under_way += 1;
         Ok(())
     }
 
     fn receive(&mut self) -> Result<()> {
-        let got = self.results.recv().map_err(|_| gone())?;
+        let got = self.results.recv().map_err(|_| ended_early())?;
         self.under_way -= 1;
-        got
+        self.gone.extend(got?);
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -367,7 +406,7 @@ impl Feed {
     }
 }
 
-fn gone() -> Error {
+fn ended_early() -> Error {
     Error::new(Kind::System, "writing files", "a worker ended early")
 }
 
@@ -398,10 +437,13 @@ impl<'a> Stage<'a> {
         let (to_work, batches) = mpsc::channel::<Vec<Job>>();
         let batches = Mutex::new(batches);
         let (to_main, results) = mpsc::channel();
-        let (files, bytes, from_live) = (&self.files, &self.bytes, &self.from_live);
+        let (files, bytes) = (&self.files, &self.bytes);
+        let (from_live, from_spare) = (&self.from_live, &self.from_other_spare);
+        let (elsewhere, partial) = (self.elsewhere, self.partial);
         let (layout, head, objects, deadline) = (self.layout, self.head, self.objects, self.deadline);
         let domain = domain(reference.root.class);
         let mut made = std::mem::take(&mut self.made);
+        let made_before = made.len();
         let mut counts = (0u64, 0u64);
         let ids = &self.ids;
         let workers = if needs.files + usize::from(needs.trees > 0) * BATCH_JOBS > BATCH_JOBS / 2 {
@@ -409,12 +451,11 @@ impl<'a> Stage<'a> {
         } else {
             1
         };
-        let result = std::thread::scope(|scope| -> Result<()> {
+        let result = std::thread::scope(|scope| -> Result<Vec<Gone>> {
             for _ in 0..workers {
                 let (batches, to_main) = (&batches, to_main.clone());
                 scope.spawn(move || {
                     let mut writer = Writer {
-                        layout,
                         head,
                         objects: ObjectReader::new(objects, &layout.key),
                         domain,
@@ -423,12 +464,14 @@ impl<'a> Stage<'a> {
                         files,
                         bytes,
                         from_live,
+                        from_spare,
+                        elsewhere,
                         buffer: Vec::new(),
                     };
                     loop {
                         let next = batches.lock().unwrap_or_else(PoisonError::into_inner).recv();
                         let Ok(jobs) = next else { return };
-                        let got = jobs.iter().try_for_each(|job| writer.write(job));
+                        let got = write_all(&mut writer, &jobs, partial);
                         if to_main.send(got).is_err() {
                             return;
                         }
@@ -436,16 +479,36 @@ impl<'a> Stage<'a> {
                 });
             }
             drop(to_main);
-            let mut feed = Feed { to_work, results, jobs: Vec::new(), bytes: 0, under_way: 0 };
+            let mut feed =
+                Feed { to_work, results, gone: Vec::new(), jobs: Vec::new(), bytes: 0, under_way: 0 };
             let mut planner =
                 Planner { layout, ids, feed: &mut feed, made: &mut made, counts: &mut counts, deadline };
-            planner.plan(work, &mut staged)
+            planner.plan(work, &mut staged)?;
+            Ok(feed.gone)
         });
         self.made = made;
         self.dirs += counts.0;
         self.links += counts.1;
-        result?;
-        if !sync_each && !staged.steps.is_empty() {
+        let gone = result?;
+        if gone.iter().any(|g| g.database) {
+            // Half of it may look whole to a program that makes the missing half anew.
+            for (dir, name) in self.made.drain(made_before..).rev() {
+                let _ = crate::quarantine::remove_tree(dir.as_fd(), &name);
+            }
+            let root = reference.root.name.clone();
+            let why = "it was left as it is: a start without its database would begin an empty one".into();
+            self.lost.push(Lost { root, path: std::path::PathBuf::new(), why });
+            staged.steps.clear();
+        }
+        let root = &reference.root.name;
+        for g in &gone {
+            self.lost.push(Lost { root: root.clone(), path: to_path(&g.path), why: g.why.clone() });
+            staged.steps.retain(|step| !matches!(step, Step::Place { tmp, .. } if *tmp == g.name));
+        }
+        if staged.steps.is_empty() {
+            return Ok(staged);
+        }
+        if !sync_each {
             sync_file_systems(&staged)?;
         }
         if missing_whole {
@@ -473,7 +536,7 @@ impl<'a> Stage<'a> {
             base.parent_of(&[]).context(|| format!("opening the spare {}", path.display()))?;
         let tmp = self.own_name()?;
         // To a name of ours beside the place first: only a rename within one directory may follow in phase 2.
-        match rustix::fs::renameat_with(&from, &from_name, staged.base.top(), &tmp, RenameFlags::NOREPLACE) {
+        match files::rename_at(&from, &from_name, staged.base.top(), &tmp, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(_) => return Ok(false),
         }
@@ -531,7 +594,7 @@ impl<'a> Stage<'a> {
     /// Removes what phase 1 made; it was never part of the node.
     fn undo(&mut self) {
         for (from, from_name, dir, tmp) in self.taken.drain(..) {
-            let _ = rustix::fs::renameat_with(&dir, &tmp, &from, &from_name, RenameFlags::NOREPLACE);
+            let _ = files::rename_at(&dir, &tmp, &from, &from_name, RenameFlags::NOREPLACE);
         }
         for (dir, name) in self.made.drain(..).rev() {
             // What stays is moved to the quarantine by the next repair.
@@ -799,7 +862,6 @@ fn set_xattrs(fd: BorrowedFd<'_>, entry: &Entry) -> std::result::Result<(), Errn
 
 /// Writes files from proven objects.
 struct Writer<'a> {
-    layout: &'a Layout,
     head: &'a Head,
     objects: ObjectReader<'a>,
     domain: Domain,
@@ -808,7 +870,27 @@ struct Writer<'a> {
     files: &'a AtomicU64,
     bytes: &'a AtomicU64,
     from_live: &'a AtomicU64,
+    from_spare: &'a AtomicU64,
+    elsewhere: &'a Elsewhere<'a>,
     buffer: Vec<u8>,
+}
+
+/// Writes all of a batch; with `partial`, what nobody has is said and leaves nothing behind.
+fn write_all(writer: &mut Writer<'_>, jobs: &[Job], partial: bool) -> Result<Vec<Gone>> {
+    let mut gone = Vec::new();
+    for job in jobs {
+        match writer.write(job) {
+            Ok(()) => {}
+            Err(e) if partial && e.kind == Kind::Corrupt => {
+                let what = || format!("leaving out {}", to_path(&job.entry.path).display());
+                files::remove_at(&job.dir, &job.name).context(what)?;
+                let (name, path) = (job.name.clone(), job.entry.path.clone());
+                gone.push(Gone { name, path, database: job.entry.database, why: e.why });
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(gone)
 }
 
 impl Writer<'_> {
@@ -825,7 +907,7 @@ impl Writer<'_> {
         for run in &entry.runs {
             let length = usize::try_from((entry.size - at).min(chunk)).unwrap_or(0);
             self.buffer.clear();
-            self.object(&run.name, length, entry)?;
+            self.object(&run.name, length, at, entry)?;
             // Zeros of a larger file are left as a hole, however many there are.
             hole = entry.size > chunk && self.buffer.iter().all(|b| *b == 0);
             if hole {
@@ -854,66 +936,41 @@ impl Writer<'_> {
         }
         finish(file.as_fd(), entry).context(what)?;
         if self.sync_each {
-            file.sync_all().context(what)?;
+            files::sync_file(&file).context(what)?;
         }
         self.files.fetch_add(1, Atomic::Relaxed);
         self.bytes.fetch_add(entry.size, Atomic::Relaxed);
         Ok(())
     }
 
-    /// One proven object in the buffer: from the store, or from any live file that still has the same bytes.
-    fn object(&mut self, name: &Name, length: usize, entry: &Entry) -> Result<()> {
+    /// One proven object in the buffer: from the store, or from any other place that still has the same bytes.
+    fn object(&mut self, name: &Name, length: usize, at: u64, entry: &Entry) -> Result<()> {
         let why = match self.objects.read(name, self.domain, &mut self.buffer) {
             Ok(()) if self.buffer.len() == length => return Ok(()),
             Ok(()) => "its length is not what the manifest says".to_string(),
             Err(why) => why,
         };
-        self.buffer.clear();
-        if self.live_object(name, length) {
-            self.from_live.fetch_add(1, Atomic::Relaxed);
-            return Ok(());
+        let missed = Missed { name: *name, domain: self.domain, length, file_bytes: entry.size, at };
+        match self.elsewhere.find(&missed, &mut self.buffer)? {
+            Some(Origin::Live) => {
+                self.from_live.fetch_add(1, Atomic::Relaxed);
+                return Ok(());
+            }
+            Some(Origin::Spare) => {
+                self.from_spare.fetch_add(1, Atomic::Relaxed);
+                return Ok(());
+            }
+            None => {}
         }
         Err(Error::new(
             Kind::Corrupt,
             format!("restoring {} from snapshot {}", to_path(&entry.path).display(), self.head.info.id),
             format!(
-                "object {} cannot be proven: {why}, and no live file has the same bytes",
+                "object {} cannot be proven: {why}, and no other file here has the same bytes",
                 hex::encode(&name[..8])
             ),
         )
         .hint("an older snapshot may hold it; `koboshi snapshot verify` shows what else is damaged"))
-    }
-
-    /// Searches the indexes of all roots for live files that had this object. Slow and rare.
-    fn live_object(&mut self, name: &Name, length: usize) -> bool {
-        for reference in &self.head.trees {
-            if domain(reference.root.class) != self.domain {
-                continue;
-            }
-            let Ok(base) = Base::open(&reference.root.path) else { continue };
-            // The index knows best; without one the manifest says where the bytes should be.
-            let path = self.layout.index_path(&reference.root.name);
-            let tree = TreeReader::index(&path, &self.layout.key).or_else(|_| self.layout.tree(reference));
-            let Ok(mut tree) = tree else { continue };
-            while let Ok(Some(entry)) = tree.next() {
-                let chunk = u64::from(entry.chunk_bytes());
-                if entry.database || !entry.runs.iter().any(|r| r.name == *name) {
-                    continue;
-                }
-                let Some(number) = entry.objects().position(|(n, l)| n == *name && l == length) else {
-                    continue;
-                };
-                let Ok(fd) = base.open_at(&entry.path, OFlags::RDONLY | OFlags::NONBLOCK) else { continue };
-                self.buffer.resize(length, 0);
-                if File::from(fd).read_exact_at(&mut self.buffer, number as u64 * chunk).is_ok()
-                    && self.layout.key.name(self.domain, &self.buffer) == *name
-                {
-                    return true;
-                }
-                self.buffer.clear();
-            }
-        }
-        false
     }
 }
 
@@ -926,7 +983,7 @@ fn sync_file_systems(staged: &Staged<'_>) -> Result<()> {
         let dev = rustix::fs::fstat(dir).context(what)?.st_dev;
         if !seen.contains(&dev) {
             seen.push(dev);
-            rustix::fs::syncfs(dir).context(what)?;
+            files::sync_file_system(dir).context(what)?;
         }
     }
     Ok(())
@@ -961,7 +1018,7 @@ fn place(root: &Staged<'_>, quarantine: &mut Quarantine<'_>, done: &mut Repaired
                         }
                     }
                     // The log must be gone for certain before a main file that it does not belong to appears.
-                    rustix::fs::fsync(dir).context(|| what(path))?;
+                    files::sync_opened(dir).context(|| what(path))?;
                 }
                 exchange(dir.as_fd(), tmp, &last, quarantine, name, path)?;
                 touched(dir.as_fd())?;
@@ -984,10 +1041,10 @@ fn place(root: &Staged<'_>, quarantine: &mut Quarantine<'_>, done: &mut Repaired
         done.attributes += 1;
     }
     if dirs.len() > SYNC_EACH_FILES {
-        rustix::fs::syncfs(root.base.top()).context(|| what(b""))?;
+        files::sync_file_system(root.base.top()).context(|| what(b""))?;
     } else {
         for dir in dirs.values() {
-            rustix::fs::fsync(dir).context(|| what(b""))?;
+            files::sync_opened(dir).context(|| what(b""))?;
         }
     }
     Ok(())
@@ -1003,7 +1060,7 @@ fn exchange(
     path: &[u8],
 ) -> Result<()> {
     let what = || format!("putting {} in place", to_path(path).display());
-    match rustix::fs::renameat_with(dir, tmp, dir, last, RenameFlags::NOREPLACE) {
+    match files::rename_at(dir, tmp, dir, last, RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(()),
         Err(Errno::EXIST) => {}
         // A file system without such renames.
@@ -1011,15 +1068,15 @@ fn exchange(
             if Stat::at(dir, last).is_ok() {
                 quarantine.take(dir, last, root, path)?;
             }
-            return rustix::fs::renameat(dir, tmp, dir, last).context(what);
+            return files::rename_at(dir, tmp, dir, last, RenameFlags::empty()).context(what);
         }
         Err(e) => return Err(Error::io(what(), &std::io::Error::from(e))),
     }
-    match rustix::fs::renameat_with(dir, tmp, dir, last, RenameFlags::EXCHANGE) {
+    match files::rename_at(dir, tmp, dir, last, RenameFlags::EXCHANGE) {
         Ok(()) => quarantine.take(dir, tmp, root, path),
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP | Errno::XDEV) => {
             quarantine.take(dir, last, root, path)?;
-            rustix::fs::renameat(dir, tmp, dir, last).context(what)
+            files::rename_at(dir, tmp, dir, last, RenameFlags::empty()).context(what)
         }
         Err(e) => Err(Error::io(what(), &std::io::Error::from(e))),
     }

@@ -98,6 +98,33 @@ pub(crate) fn check_header(
     Ok(id)
 }
 
+/// A header in which one byte was flipped, as it must have been: what is fixed is known, the id is proven by the sum, or
+/// by what opens with it when the sum itself was hit. `None`: it is whole, and says something else.
+pub(crate) fn mend_header(h: &[u8; HEADER_BYTES], kind: FileKind, key: &Key) -> Option<[u8; HEADER_BYTES]> {
+    let sum_of = |h: &[u8; HEADER_BYTES]| blake3::hash(&h[..40]).as_bytes()[..8] == h[40..];
+    if sum_of(h) {
+        return None;
+    }
+    let mut id = [0; 16];
+    id.copy_from_slice(&h[24..40]);
+    let right = header(kind, key, id);
+    let mut fixed = right;
+    fixed[40..].copy_from_slice(&h[40..]);
+    if sum_of(&fixed) {
+        return Some(fixed);
+    }
+    for at in 24..40 {
+        for byte in 0..=u8::MAX {
+            let mut guess = fixed;
+            guess[at] = byte;
+            if sum_of(&guess) {
+                return Some(guess);
+            }
+        }
+    }
+    Some(right)
+}
+
 /// Opens and closes pieces of data.
 pub(crate) struct Cipher(XChaCha20Poly1305);
 

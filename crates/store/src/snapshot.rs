@@ -72,9 +72,9 @@ pub(crate) fn take(
         // Syncing waits for the disk, so it is nobody's work who could be hashing.
         let syncer = scope.spawn(move || -> Result<()> {
             for pack in syncs {
-                pack.file.sync_all().context(|| format!("syncing {}", pack.tmp.display()))?;
+                files::sync_file(&pack.file).context(|| format!("syncing {}", pack.tmp.display()))?;
                 let to = packs.join(format!("{}.pack", pack.name));
-                std::fs::rename(&pack.tmp, &to).context(|| format!("publishing {}", to.display()))?;
+                files::rename(&pack.tmp, &to).context(|| format!("publishing {}", to.display()))?;
                 added.fetch_add(pack.bytes, Atomic::Relaxed);
             }
             files::sync_dir(packs)
@@ -149,7 +149,7 @@ pub(crate) fn take(
     // After publication: an index is only a help, and a torn one is thrown away by its reader.
     for new in new_trees {
         let to = layout.index_path(&new.reference.root.name);
-        std::fs::rename(&new.index.1, &to).context(|| format!("publishing {}", to.display()))?;
+        files::rename(&new.index.1, &to).context(|| format!("publishing {}", to.display()))?;
     }
     Ok(SnapshotInfo { cost: meter.cost(head.info.cost.added_bytes), ..head.info })
 }

@@ -87,16 +87,6 @@ impl Entry {
     pub(crate) fn same_content(&self, other: &Entry) -> bool {
         self.size == other.size && self.database == other.database && self.runs == other.runs
     }
-
-    /// Name and length of each object, in order.
-    pub(crate) fn objects(&self) -> impl Iterator<Item = (Name, usize)> + '_ {
-        let chunk = u64::from(self.chunk_bytes());
-        let names = self.runs.iter().flat_map(|r| std::iter::repeat_n(r.name, r.count as usize));
-        names.enumerate().map(move |(i, name)| {
-            let left = self.size.saturating_sub(i as u64 * chunk);
-            (name, usize::try_from(left.min(chunk)).unwrap_or(0))
-        })
-    }
 }
 
 /// Adds a name to a list of runs.

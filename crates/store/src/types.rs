@@ -269,8 +269,12 @@ pub struct Plan {
     /// Roots that lie elsewhere now: (root name, path).
     pub relocate: Vec<(String, PathBuf)>,
     /// Ready trees to swap in when a whole converging root is missing: (root name, tree on the same file system).
-    /// Checked against the snapshot before use.
+    /// Checked against the snapshot before use. What the store has lost is looked for in them as well.
     pub spares: Vec<(String, PathBuf)>,
+    /// Heals what can be healed even if nobody has the bytes of some files: those stay as they are and are named in
+    /// [`Repaired::lost`]. Otherwise such a repair changes nothing and fails. A root whose database is lost is left as
+    /// it is either way: a start without it would begin an empty one.
+    pub partial: bool,
 }
 
 /// What a repair did.
@@ -292,6 +296,12 @@ pub struct Repaired {
     pub quarantined: u64,
     /// Objects that were corrupt or missing in the store and came, proven, from a live file.
     pub objects_from_live: u64,
+    /// The same from a spare.
+    pub objects_from_spare: u64,
+    /// Files that could not be had, precisely; bounded. Only of a [`Plan::partial`] repair.
+    pub lost: Vec<Lost>,
+    /// How many there are.
+    pub lost_files: u64,
     /// Roots that were wholly missing and put in place by one rename.
     pub whole_roots: Vec<String>,
     /// Roots that came from the spare.
@@ -300,6 +310,17 @@ pub struct Repaired {
     pub passed_over: Vec<PassedOver>,
     /// What it cost.
     pub cost: Cost,
+}
+
+/// A file that a repair could not bring back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Lost {
+    /// The root's name.
+    pub root: String,
+    /// Relative to the root; empty = the whole root was left as it is.
+    pub path: PathBuf,
+    /// One line.
+    pub why: String,
 }
 
 /// A snapshot that was not used, and why.
@@ -324,6 +345,23 @@ pub struct VerifyReport {
     pub cost: Cost,
 }
 
+/// What healing the store did.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Healed {
+    /// Objects that came, proven, from a live tree or a spare.
+    pub objects: u64,
+    /// Packs written anew because something in them was damaged.
+    pub packs: u64,
+    /// Manifests written anew from the index of the live tree.
+    pub manifests: u64,
+    /// Files, manifests and records that nobody has whole any more, with the snapshots that need them. Bounded.
+    pub lost: Vec<Bad>,
+    /// Snapshots that are no longer trusted because of it.
+    pub distrusted: Vec<String>,
+    /// What it cost.
+    pub cost: Cost,
+}
+
 /// One thing in the store that failed its proof.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Bad {
@@ -344,7 +382,80 @@ pub struct SweepReport {
     pub hashed: u64,
     /// What differs.
     pub differences: Vec<Difference>,
+    /// Pieces that killed repairs left in the trees.
+    pub leftovers: u64,
     /// What it cost: the agent paces itself by this.
+    pub cost: Cost,
+}
+
+/// How much one portion of the slow look may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Portion {
+    /// Its share of a round: one in so many.
+    pub of: u64,
+    /// And at most this much CPU time, but for the file or block that is at hand.
+    pub cpu_ms: f64,
+}
+
+/// Where the slow look goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubPlace {
+    /// In a live tree or a spare.
+    Live {
+        /// The root's name; one that there is not means the first.
+        root: String,
+        /// After this path.
+        after: Option<Vec<u8>>,
+    },
+    /// In the manifests.
+    Manifests {
+        /// After the one of this name.
+        after: String,
+    },
+    /// In the packs.
+    Packs {
+        /// In this one.
+        pack: String,
+        /// From this block on.
+        block: u32,
+    },
+}
+
+impl Default for ScrubPlace {
+    fn default() -> ScrubPlace {
+        ScrubPlace::Live { root: String::new(), after: None }
+    }
+}
+
+/// What is kept between two portions of the slow look.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubCursor {
+    /// Rounds that came to their end.
+    pub rounds: u64,
+    /// Where it goes on.
+    pub place: ScrubPlace,
+}
+
+/// What one portion of the slow look found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Scrubbed {
+    /// For the next portion.
+    pub cursor: ScrubCursor,
+    /// Files read.
+    pub files: u64,
+    /// Blocks opened.
+    pub blocks: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Files of the live trees (and the spares, under `spare of ...`) with other bytes than the snapshot says. The quick
+    /// look sees them from now on.
+    pub damaged: Vec<Difference>,
+    /// What became of damage in the store, if there was any.
+    pub healed: Option<Healed>,
+    /// Everything has been looked at once more.
+    pub round_ended: bool,
+    /// What it cost.
     pub cost: Cost,
 }
 

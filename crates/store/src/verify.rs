@@ -97,7 +97,11 @@ pub(crate) fn run(layout: &Layout, id: Option<&str>, deadline: Deadline) -> Resu
             heads
         }
     };
-    let objects = Objects::load(&layout.packs(), &layout.key)?;
+    let mut objects = Objects::load(&layout.packs(), &layout.key)?;
+    if id.is_some() {
+        // A snapshot is whole if each object is right in one place.
+        objects.forget_broken_twins(&layout.key);
+    }
     for (path, why) in &objects.lost {
         report.bad.push(Bad { what: path.clone(), why: why.clone(), snapshots: Vec::new() });
     }
@@ -129,23 +133,23 @@ pub(crate) fn run(layout: &Layout, id: Option<&str>, deadline: Deadline) -> Resu
         let what = format!("object {}", hex::encode(&name[..8]));
         report.bad.push(Bad { what, why: "it is not in the store".into(), snapshots: vec![id.clone()] });
     }
-    let broken = prove(layout, &objects, &needed, id.is_none(), &mut report, deadline)?;
+    let wanted = |i: usize| id.is_none() || needed.has(i);
+    let broken = prove(layout, &objects, &wanted, &mut report, deadline)?;
     name_snapshots(layout, &heads, &objects, broken, &mut report);
     report.bad.truncate(MAX_BAD);
     report.cost = meter.cost(0);
     Ok(report)
 }
 
-/// Opens every block that is needed (or every block); gives the records that failed and why.
-fn prove(
+/// Opens every block that holds a wanted record; gives the records that failed and why.
+pub(crate) fn prove(
     layout: &Layout,
     objects: &Objects,
-    needed: &Needed,
-    all: bool,
+    wanted: &dyn Fn(usize) -> bool,
     report: &mut VerifyReport,
     deadline: Deadline,
 ) -> Result<BTreeMap<usize, String>> {
-    let mut wanted: Vec<usize> = (0..objects.records.len()).filter(|i| all || needed.has(*i)).collect();
+    let mut wanted: Vec<usize> = (0..objects.records.len()).filter(|i| wanted(*i)).collect();
     wanted.sort_unstable_by_key(|i| {
         let r = &objects.records[*i];
         (r.pack, r.block, r.offset)

@@ -97,6 +97,38 @@ impl Rc {
         format!("{}/", url.trim_end_matches('/'))
     }
 
+    /// What a client of the registry needs of these settings, in the dialect they were read from.
+    pub(super) fn file(&self) -> String {
+        const PLAIN: [&str; 9] = [
+            "registry",
+            "proxy",
+            "https-proxy",
+            "noproxy",
+            "no-proxy",
+            "strict-ssl",
+            "ca",
+            "cafile",
+            "_auth",
+        ];
+        let mut text = String::new();
+        for (key, values) in &self.values {
+            let wanted = PLAIN.contains(&key.as_str())
+                || key.starts_with("//")
+                || key.ends_with(":registry")
+                || key.eq_ignore_ascii_case("_authtoken");
+            if !wanted {
+                continue;
+            }
+            // As JSON strings, which that dialect knows: no value breaks out of its line. `${` stays what it is.
+            let quoted = |v: &String| serde_json::Value::from(v.replace("${", "\\${")).to_string();
+            match values.as_slice() {
+                [one] => text.push_str(&format!("{key}={}\n", quoted(one))),
+                many => many.iter().for_each(|v| text.push_str(&format!("{key}[]={}\n", quoted(v)))),
+            }
+        }
+        text
+    }
+
     /// The credentials, bound to the hosts and paths they were given for.
     pub(super) fn auth(&self) -> Auth {
         let mut auth = Auth::default();

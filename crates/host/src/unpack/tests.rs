@@ -59,6 +59,23 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
+fn an_old_npms_archive_that_says_every_size_twice() {
+    let bench = Bench::new();
+    let pax = |record: &[u8]| entry(EntryType::XHeader, b"PaxHeader/x", b"", 0o644, record);
+    let done = bench.unpack(&tgz(&[pax(b"10 size=3\n"), file("package/x", "abc")]), UnpackLimits::default());
+    assert_eq!(done.unwrap().bytes, 3);
+}
+
+#[test]
+fn one_file_is_read_out_of_an_archive() {
+    let archive = tgz(&[file("package/a.json", "no"), file("package/./package.json", "{}")]);
+    let read = |path: &str, most| read_file(Path::new("a"), archive.as_slice(), Path::new(path), most);
+    assert_eq!(read("package.json", 2).unwrap(), b"{}");
+    assert_eq!(read("package.json", 1).unwrap_err().kind, Kind::Corrupt);
+    assert_eq!(read("other.json", 9).unwrap_err().kind, Kind::NotFound);
+}
+
+#[test]
 fn an_honest_package() {
     let bench = Bench::new();
     let archive = tgz(&[

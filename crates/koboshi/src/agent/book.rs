@@ -185,6 +185,11 @@ impl Book {
         &self.state
     }
 
+    /// The records of the last incident.
+    pub fn told(&self) -> &[Record] {
+        &self.told
+    }
+
     /// Whether the journal takes records.
     pub fn journal_ok(&self) -> bool {
         self.journal.is_some()

@@ -4,7 +4,7 @@
 use super::runner::Running;
 use super::{Agent, runner};
 use crate::patient;
-use crate::step::{Answer, Work};
+use crate::step::{Answer, SCRUB_PORTIONS, Work};
 use engine::{Class, FaultKind, Finding, IncidentKind, Moment};
 use host::clock::{self, Deadline};
 use host::pressure::{Resource, some_avg10};
@@ -39,6 +39,7 @@ const DELIVER_MOST_MS: u64 = 900_000;
 const EXAMINE_LIMIT: Duration = Duration::from_secs(120);
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(900);
 const SETTLE_LIMIT: Duration = Duration::from_secs(120);
+const SCRUB_LIMIT: Duration = Duration::from_secs(120);
 const TIDY_LIMIT: Duration = Duration::from_secs(900);
 const DELIVER_LIMIT: Duration = Duration::from_secs(60);
 
@@ -48,6 +49,7 @@ enum Job {
     Examine,
     Snapshot { classes: Vec<Class> },
     Settle,
+    Scrub,
     Tidy,
 }
 
@@ -60,6 +62,7 @@ pub struct Daily {
     snapshot_at: Option<(Moment, Vec<Class>, String)>,
     settle_at: Option<Moment>,
     tidy_at: Option<Moment>,
+    scrub_at: Option<Moment>,
     deliver_at: Option<Moment>,
     state_at: Moment,
     state_cost_ms: f64,
@@ -84,6 +87,7 @@ impl Daily {
             snapshot_at: None,
             settle_at: None,
             tidy_at: None,
+            scrub_at: None,
             deliver_at: Some(now),
             state_at: now,
             state_cost_ms: 0.0,
@@ -139,6 +143,7 @@ impl Daily {
             due.extend(self.snapshot_at.as_ref().map(|(at, _, _)| *at));
             due.extend(self.settle_at);
             due.extend(self.tidy_at);
+            due.extend(self.scrub_at);
             due.push(self.state_at);
         }
         if self.delivery.is_none() {
@@ -181,6 +186,7 @@ impl Daily {
                     self.snapshot_at = Some((now.plus_ms(RETRY_MS), classes, "taken again".into()));
                 }
                 Job::Settle => self.settle_at = Some(now.plus_ms(RETRY_MS)),
+                Job::Scrub => self.scrub_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Tidy => self.tidy_at = Some(now.plus_ms(RETRY_MS)),
             }
         }
@@ -259,6 +265,22 @@ impl Agent {
                 self.daily.snapshot_at = Some((again, Vec::new(), "the candidate was not trusted".into()));
                 self.daily.tidy_at = Some(now);
             }
+            Some(Answer::Scrubbed { done, damaged, lost }) => {
+                for line in done {
+                    self.say(&line);
+                }
+                if damaged {
+                    // The sweep sees it now, and what it leads to is the same as ever.
+                    self.daily.examine_at = now;
+                    self.daily.tidy_at = Some(now);
+                }
+                if let Some(why) = lost {
+                    self.notice(alert::Notice::StoreDamaged, &why);
+                    if self.daily.snapshot_at.is_none() {
+                        self.daily.snapshot_at = Some((now, Vec::new(), "stored bytes were lost".into()));
+                    }
+                }
+            }
             Some(Answer::Tidied { done }) => {
                 for line in done {
                     self.say(&line);
@@ -286,6 +308,7 @@ impl Agent {
                 self.daily.settle_at = Some(again);
                 "settling the snapshot"
             }
+            Job::Scrub => "looking at every byte",
             Job::Tidy => "tidying the store",
         };
         self.say(&format!("{name} failed: {why}"));
@@ -296,14 +319,20 @@ impl Agent {
     fn examined(&mut self, now: Moment, exam: Examination) {
         let period = (exam.cpu_ms * SWEEP_CPU_SHARE).max(exam.wall_ms * SWEEP_WALL_SHARE).max(SWEEP_LEAST_MS);
         self.daily.examine_by(now.plus_ms(period.min(SWEEP_MOST_MS) as u64));
+        // Told once: what a tidy could not take it would not take a minute later either.
+        let known = self.exam.as_ref().map_or(0, |before| before.leftovers);
+        if exam.leftovers > known && self.daily.tidy_at.is_none() {
+            self.daily.tidy_at = Some(now.plus_ms(RETRY_MS));
+        }
         let need = exam.need;
+        let compared = exam.unknown.is_none();
         let findings = exam.findings.clone();
         self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
             Need::Nothing => {
                 self.stale(now);
-                if serving && self.book.state().incident.is_none() {
+                if serving && compared && self.book.state().incident.is_none() {
                     self.backups(now);
                 }
             }
@@ -490,6 +519,8 @@ impl Agent {
         } else if past(now, self.daily.examine_at) && !self.pressed() {
             self.daily.examine_at = now.plus_ms(SWEEP_MOST_MS as u64);
             (Job::Examine, Work::Examine { care: Care::Quick }, EXAMINE_LIMIT)
+        } else if self.scrub_due(now, serving) {
+            (Job::Scrub, Work::Scrub, SCRUB_LIMIT)
         } else if past(now, self.daily.state_at) {
             self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s * 1000);
             self.daily.examine_at = now;
@@ -501,6 +532,7 @@ impl Agent {
             Job::Examine => "job-examine",
             Job::Snapshot { .. } => "job-snapshot",
             Job::Settle => "job-settle",
+            Job::Scrub => "job-scrub",
             Job::Tidy => "job-tidy",
         };
         let baseline = self.judge.baseline().clone();
@@ -508,6 +540,25 @@ impl Agent {
             Ok(running) => self.daily.job = Some((job, running)),
             Err(e) => self.job_failed(now, &job, &e.to_string()),
         }
+    }
+
+    /// Whether a portion of the slow look at every byte is due now, and when the next one is. It waits for a serving node
+    /// without an incident, on a machine that nothing presses.
+    fn scrub_due(&mut self, now: Moment, serving: bool) -> bool {
+        /// However short a round is asked for.
+        const LEAST_MS: u64 = 1_000;
+        let period_ms = (self.config.store.scrub_every_s.saturating_mul(1000) / SCRUB_PORTIONS).max(LEAST_MS);
+        let at = match self.daily.scrub_at {
+            _ if self.config.store.scrub_every_s == 0 => return false,
+            Some(at) => at,
+            None => *self.daily.scrub_at.insert(now.plus_ms(period_ms)),
+        };
+        if !past(now, at) {
+            return false;
+        }
+        let quiet = serving && self.book.state().incident.is_none() && !self.pressed();
+        self.daily.scrub_at = Some(now.plus_ms(if quiet { period_ms } else { RETRY_MS }));
+        quiet
     }
 
     /// Whether the gateway that serves now has done so for the settling time.
@@ -577,6 +628,9 @@ impl Agent {
                 if let Err(e) = patient::set_baseline(&self.places, &baseline) {
                     self.say(&e.to_string());
                 }
+                if let Err(e) = layers::install::remember_service(&self.node, &self.places.state_dir) {
+                    self.say(&e.to_string());
+                }
                 self.judge.set_baseline(baseline);
                 if version.is_some() && version != self.node.version {
                     self.node.version = version;
@@ -607,6 +661,7 @@ impl Agent {
                 Answer::Examined(_)
                 | Answer::Taken { .. }
                 | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
                 | Answer::Done(_),
             )
@@ -635,6 +690,7 @@ impl Agent {
             Ok(
                 Answer::Taken { .. }
                 | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
                 | Answer::Delivered { .. }
                 | Answer::Done(_),

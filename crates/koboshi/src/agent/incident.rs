@@ -3,21 +3,29 @@
 use super::book::Written;
 use super::{Agent, MANAGER_LIMIT};
 use crate::config::Mode;
+use crate::patient::{self, Service};
+use crate::reinstall::{self, Seen};
 use crate::step::{Answer, Work};
+use crate::sudo;
 use engine::{
     Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,
     Layer, Moment, Outcome, Record, Rung, StartLook, StepId, Verdict,
 };
 use host::clock::{self, Deadline};
 use host::container::Ended;
+use layers::install::{Moved, Pending};
 use layers::{Care, Examination, Need};
 use node::{Judgement, gates};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 /// Actions taken in one turn of the loop before descriptors are looked at again: a mistake must not spin.
 const MAX_ACTIONS: usize = 64;
 /// While the judge looks, the engine is asked again this often: what a start does changes the budget.
 const ASK_AGAIN_MS: u64 = 1_000;
+/// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
+const CAME_BACK: &str = "came back from snapshot ";
+
 /// What the loop waits for on the engine's behalf.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Doing {
@@ -77,11 +85,44 @@ impl Doing {
 }
 
 impl Agent {
+    /// What is being done about the open incident, for people.
+    pub(super) fn doing_words(&self, now: Moment) -> String {
+        let state = self.book.state();
+        let hold = state.incident.as_ref().and_then(|incident| match &incident.stage {
+            engine::state::Stage::Holding(hold) => Some(hold),
+            engine::state::Stage::Fresh | engine::state::Stage::Climbing(_) => None,
+        });
+        let Some(hold) = hold else {
+            let free_in_ms = state.start_free_ms(state.time_ms(now)).saturating_sub(state.time_ms(now));
+            if matches!(self.doing, Doing::Idle { .. }) && free_in_ms > 0 {
+                let s = free_in_ms.div_ceil(1_000);
+                return format!(
+                    "ready to start; three starts in 300 s are the most, the next is free in {s} s"
+                );
+            }
+            return self.doing.words();
+        };
+        let minutes = hold.retry_ms.saturating_sub(state.time_ms(now)).div_ceil(60_000);
+        let again = format!("tried again in {minutes} min at the latest");
+        match hold.kind {
+            engine::state::HoldKind::Emergency => format!("every way of recovery failed; {again}"),
+            engine::state::HoldKind::Latent => {
+                format!("the node serves, the damage could not be mended; {again}")
+            }
+            engine::state::HoldKind::Degraded => {
+                "it serves, and waits for what it silenced itself".to_owned()
+            }
+        }
+    }
+
     // ---- opening ----
 
     /// Opens an incident, unless one is open.
     pub(super) fn open(&mut self, kind: IncidentKind, cause: String, findings: Vec<Finding>) {
         let now = clock::now();
+        if self.errand.is_some_and(|errand| !errand.ordered) {
+            return;
+        }
         if self.hands_off().is_some_and(|why| self.book.state().left_alone(&why)) {
             // Told once already; an agent that was started anew does not tell it again.
             return;
@@ -205,7 +246,8 @@ impl Agent {
         let clean = match incident.kind {
             IncidentKind::Outage => true,
             IncidentKind::Damage | IncidentKind::Latent => {
-                self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing)
+                // What was not compared, because an update is at work, is not known to be whole.
+                self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing && e.unknown.is_none())
             }
         };
         let now = clock::now();
@@ -287,6 +329,12 @@ impl Agent {
     /// Does one action. `false` when the loop has to wait now.
     fn act(&mut self, action: Action) -> bool {
         match action {
+            Action::Note { record } if self.is_no_errand(&record.event) => false,
+            Action::Note { record }
+                if matches!(record.event, Event::Emergency { .. }) && self.ends_a_trial() =>
+            {
+                true
+            }
             Action::Note { record } => self.note(record),
             Action::Spawn { intent, step, layer, attempt, wider, deadline } => {
                 let _ = attempt;
@@ -306,7 +354,13 @@ impl Agent {
             Action::Start { intent, start, .. } => {
                 if self.write(intent) {
                     let at = clock::now();
-                    let error = self.service.manager().start(Deadline::after(MANAGER_LIMIT)).err();
+                    let mut asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+                    if asked.is_err() && self.service.look(Deadline::after(MANAGER_LIMIT)).held {
+                        // A hold that could not be taken back before, or is somebody's whose container would not die.
+                        self.release_now();
+                        asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+                    }
+                    let error = asked.err();
                     self.started(at);
                     let error = error.map(|e| format!("{}: {}", e.what, e.why));
                     self.write(Record::new(clock::now(), Event::Started { start, error }));
@@ -330,16 +384,76 @@ impl Agent {
         }
     }
 
+    /// The climb has failed: before that is written, a config that was replaced on suspicion alone goes back. Once per
+    /// climb; the engine is then asked again, with what lies on the disk now.
+    fn ends_a_trial(&mut self) -> bool {
+        /// One file is moved.
+        const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
+        let Some((id, climbs)) = self.book.state().incident.as_ref().map(|i| (i.id, i.climbs)) else {
+            return false;
+        };
+        let on = layers::trial::on(&self.places.quarantine().join(format!("{id:08}")));
+        if !on || self.trial_ended == Some((id, climbs)) {
+            return false;
+        }
+        self.trial_ended = Some((id, climbs));
+        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, LIMIT);
+        let what = match answer {
+            Ok(Answer::Done(report)) => format!("the older config did not help: {}", report.done.join("; ")),
+            Ok(Answer::Failed { what, why }) => format!("{what}: {why}"),
+            Ok(
+                Answer::Examined(_)
+                | Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
+                | Answer::Tidied { .. }
+                | Answer::Delivered { .. },
+            ) => "the step that ends the config's trial answered something else".to_owned(),
+            Err(e) => e.to_string(),
+        };
+        let finding = Finding {
+            kind: FaultKind::Notice,
+            class: Some(engine::Class::Config),
+            what,
+            evidence: Vec::new(),
+        };
+        self.noticed(vec![finding]);
+        let _ = self.examine_now(Care::Down);
+        true
+    }
+
+    /// An agent that was begun for one layer begins no other climb: before the order it waits, after it it ends.
+    fn is_no_errand(&mut self, event: &Event) -> bool {
+        let Some(errand) = self.errand else { return false };
+        let other = matches!(event, Event::ClimbBegan { only: None, .. });
+        self.ending |= other && errand.ordered;
+        other
+    }
+
     fn note(&mut self, record: Record) -> bool {
         if let Event::Failed { layer, .. } = &record.event {
             self.why_it_failed(*layer);
+            self.take_back(*layer);
         }
-        self.write(record)
+        let begins = matches!(&record.event, Event::ClimbBegan { .. });
+        let written = self.write(record);
+        if begins && written {
+            self.ask_sudo();
+        }
+        // A climb that begins later than its incident, perhaps under a new agent, chooses by what the disk says now.
+        if begins && written && self.fresh_exam().is_none() {
+            let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
+            if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
+                self.noticed(exam.findings);
+            }
+        }
+        written
     }
 
     /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
     pub(super) fn write(&mut self, record: Record) -> bool {
         let line = engine::summary::line(&record.event);
+        let asked = matches!(record.event, Event::ClimbBegan { only: Some(_), .. });
         let before = self.book.state().closed.as_ref().map(|c| c.id);
         match self.book.write(record) {
             Written::Yes => {
@@ -349,6 +463,9 @@ impl Agent {
                     (None, _) => {}
                 }
                 let closed = self.book.state().closed.as_ref().map(|c| c.id);
+                if asked || closed != before {
+                    self.only = None;
+                }
                 if closed != before
                     && let Some(id) = closed
                 {
@@ -377,6 +494,11 @@ impl Agent {
         }
         let now = clock::now();
         self.daily.examine_soon(now);
+        let by = self.book.state().closed.as_ref().and_then(|c| c.layer);
+        if matches!(by, Some(Layer::SystemInstall | Layer::UserInstall)) {
+            // What was put in place is proven by its tarballs, not yet by having served.
+            self.daily.snapshot_by_hand(now, "after an install");
+        }
     }
 
     fn spawn(&mut self, step: StepId, layer: Layer, wider: bool, deadline: Moment) {
@@ -388,7 +510,17 @@ impl Agent {
             Layer::Restart => Work::Restart { hung },
             Layer::Restore => Work::Restore { findings, hung, wider, incident: id },
             Layer::InPlace => Work::InPlace { findings, incident: id },
-            Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
+            Layer::SystemInstall => Work::SystemInstall {
+                version: self.version_to_install().unwrap_or_default(),
+                hung,
+                incident: id,
+            },
+            Layer::UserInstall => Work::UserInstall {
+                version: self.version_to_install().unwrap_or_default(),
+                hung,
+                incident: id,
+            },
+            Layer::PeerCopy | Layer::Emergency => {
                 let why = format!("{layer} has no work in this version");
                 self.write(Record::new(clock::now(), Event::Ended { step, how: How::SpawnFailed { why } }));
                 return;
@@ -434,12 +566,23 @@ impl Agent {
         self.looks_from = clock::now();
         self.next_look = self.looks_from;
         self.write(Record::new(clock::now(), event));
+        if matches!(layer, Layer::Restore | Layer::SystemInstall | Layer::UserInstall) {
+            // The repair is over, and with it its hold; the start comes next.
+            self.release();
+        }
     }
 
     /// Tells what a step said, and returns its own reason if it failed: for the record, not for any decision.
-    fn tell_report(&self, layer: Layer, answer: Option<Answer>) -> Option<String> {
+    fn tell_report(&mut self, layer: Layer, answer: Option<Answer>) -> Option<String> {
         match answer {
             Some(Answer::Done(report)) => {
+                let back = report.came_back.iter().map(|back| Finding {
+                    kind: FaultKind::Notice,
+                    class: Some(back.class),
+                    what: back.what.clone(),
+                    evidence: vec![format!("{CAME_BACK}{}", back.snapshot)],
+                });
+                self.noticed(back.collect());
                 for line in report.done.iter().chain(&report.undone) {
                     self.say(&format!("  {layer}: {line}"));
                 }
@@ -453,6 +596,7 @@ impl Agent {
                 Answer::Examined(_)
                 | Answer::Taken { .. }
                 | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
                 | Answer::Delivered { .. },
             )
@@ -468,6 +612,9 @@ impl Agent {
                 None => why,
             },
         };
+        if matches!(layer, Layer::SystemInstall | Layer::UserInstall) {
+            self.follow_move();
+        }
         if layer != Layer::InPlace {
             self.follow_gateway();
             if let Some(still) = self.node.gateway() {
@@ -485,7 +632,9 @@ impl Agent {
             // A config that is being edited keeps nothing from starting that was clean otherwise.
             (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
             // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
-            (Layer::Restore, _) if !exam.findings.iter().any(bars_a_start) => {
+            (Layer::Restore | Layer::SystemInstall | Layer::UserInstall, _)
+                if !exam.findings.iter().any(bars_a_start) =>
+            {
                 Claim::Ready { inputs: exam.inputs }
             }
             (_, Need::Later | Need::InPlace | Need::Interruption) => {
@@ -515,6 +664,71 @@ impl Agent {
         }
     }
 
+    /// The last good version, for layers that make the program anew.
+    fn version_to_install(&self) -> Option<String> {
+        let snapshot = self.exam.as_ref().and_then(|e| e.version.as_deref());
+        reinstall::version(&self.node, Some(self.judge.baseline()), snapshot)
+    }
+
+    /// Whether sudo would have root install, asked once for each climb, in a container: it may hang.
+    fn ask_sudo(&mut self) {
+        if !sudo::needed(&self.node, &self.places) {
+            return;
+        }
+        // Its own patience ends first.
+        let limit = sudo::ASK_LIMIT + Duration::from_secs(1);
+        self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
+            Ok(Answer::Failed { why, .. }) => Err(why),
+            Ok(_) => Ok(()),
+            Err(e) => Err(e.why),
+        });
+    }
+
+    /// The node may run from elsewhere now, or from home again.
+    fn follow_move(&mut self) {
+        let now = match Moved::load(&self.places.state_dir) {
+            Ok(Some(moved)) => moved.away,
+            Ok(None) => return,
+            Err(e) => return self.say(&e.to_string()),
+        };
+        if now == self.node {
+            return;
+        }
+        let service = match Service::of(&now, &self.config, &self.runner.containers, &self.places) {
+            Ok(service) => service,
+            Err(e) => return self.say(&e.to_string()),
+        };
+        self.say(&format!("the node is now {}", now.package_dir.display()));
+        self.node = now;
+        self.service = service;
+        if let Err(e) = patient::remember(&self.places, &self.node) {
+            self.say(&e.to_string());
+        }
+        self.watch_files();
+    }
+
+    /// What an install put in place and the judge did not accept goes back before the next layer has its turn.
+    fn take_back(&mut self, layer: Layer) {
+        /// Renames; file by file it takes longer.
+        const LIMIT: Duration = Duration::from_secs(20);
+        if !matches!(layer, Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy)
+            || !matches!(Pending::load(&self.places.state_dir), Ok(Some(pending)) if pending.back)
+        {
+            return;
+        }
+        let baseline = self.judge.baseline().clone();
+        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), LIMIT) {
+            Ok(answer) => {
+                self.tell_report(layer, Some(answer));
+            }
+            Err(e) => self.say(&e.to_string()),
+        }
+        self.follow_move();
+        if let Some(exam) = self.examine_now(Care::Down) {
+            self.noticed(exam.findings);
+        }
+    }
+
     // ---- messages ----
 
     fn alert(&mut self, key: AlertKey) {
@@ -535,12 +749,29 @@ impl Agent {
         let mut facts = self.facts(format!("incident-{}", key.incident));
         if let Some(incident) = state.incident.as_ref().filter(|i| i.id == key.incident) {
             facts.why.clone_from(&incident.cause);
+            facts.serves = incident.kind != IncidentKind::Outage;
             facts.details = incident.findings.iter().map(|f| f.what.clone()).collect();
         }
         if let Some(closed) = state.closed.as_ref().filter(|c| c.id == key.incident) {
             facts.why.clone_from(&closed.why);
             facts.layer = closed.layer;
-            facts.down_ms = closed.took_ms as f64;
+            facts.serves = closed.uninterrupted;
+            // As `incidents show` counts it: to the first good look; what never stopped serving was never down.
+            let to_first_good = self.first_good.and_then(|at| at.since_ms(closed.opened));
+            facts.down_ms = match closed.uninterrupted {
+                true => 0.0,
+                false => to_first_good.map_or(closed.took_ms, |ms| ms.min(closed.took_ms)) as f64,
+            };
+            facts.details = came_back(self.book.told());
+            if let Ok(Some(moved)) = Moved::load(&self.places.state_dir)
+                && moved.displaced()
+            {
+                facts.details.push(format!(
+                    "it is displaced: it runs from {} until its home {} can be mended",
+                    moved.away.prefix.display(),
+                    moved.home.prefix.display()
+                ));
+            }
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
                 facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
@@ -549,7 +780,7 @@ impl Agent {
         let kind = match key.kind {
             AlertKind::Opening => alert::Kind::Opening,
             AlertKind::Emergency => alert::Kind::Emergency,
-            AlertKind::InPlaceFailed => alert::Kind::Notice(alert::Notice::LeftAlone),
+            AlertKind::InPlaceFailed => alert::Kind::Notice(alert::Notice::NotMended),
             AlertKind::Journal => alert::Kind::Notice(alert::Notice::JournalUnwritable),
             AlertKind::Closing => match state.closed.as_ref().map(|c| c.outcome) {
                 Some(Outcome::LeftAlone) => alert::Kind::Notice(alert::Notice::LeftAlone),
@@ -585,7 +816,7 @@ impl Agent {
 
     fn ladder(&mut self, now: Moment) -> Ladder {
         let exam = self.exam.clone();
-        let rungs = rungs(exam.as_ref(), self.book.state().incident.as_ref(), self);
+        let rungs = rungs(exam.as_ref(), self.book.state().incident.as_ref().map(|i| i.kind), self);
         let inconclusive =
             self.judgement.as_ref().is_some_and(|j| matches!(j.verdict, Verdict::Inconclusive { .. }));
         let alive = self.gateway.as_ref().is_some_and(|fd| !fd.exited());
@@ -597,10 +828,20 @@ impl Agent {
             intact: exam.as_ref().is_some_and(|e| e.need == Need::Nothing),
         };
         ladder.hands_off = self.hands_off();
+        ladder.only = self.only;
         ladder.journal_ok = self.book.journal_ok();
         ladder.evidence = evidence(exam.as_ref(), self.nudges);
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
         ladder
+    }
+
+    /// Whether the layer would have its turn in an incident of this kind, by the look just taken.
+    pub(super) fn would_apply(&self, layer: Layer, kind: IncidentKind) -> Result<(), String> {
+        let rungs = rungs(self.exam.as_ref(), Some(kind), self);
+        rungs
+            .into_iter()
+            .find(|rung| rung.layer == layer)
+            .map_or_else(|| Err("there is no such layer".to_owned()), |rung| rung.applies)
     }
 
     fn held(&self) -> Option<StepId> {
@@ -619,6 +860,21 @@ impl Agent {
             gates::Gate::Closed(why) => Err(why),
         }
     }
+}
+
+/// What of the user's came back from a snapshot in the incident that these records tell, and what it lacks.
+fn came_back(told: &[Record]) -> Vec<String> {
+    let mut lines: Vec<String> = told
+        .iter()
+        .filter_map(
+            |record| if let Event::Noticed { findings } = &record.event { Some(findings) } else { None },
+        )
+        .flatten()
+        .filter(|f| f.evidence.iter().any(|e| e.starts_with(CAME_BACK)))
+        .map(|f| f.what.clone())
+        .collect();
+    lines.dedup();
+    lines
 }
 
 /// The verdict as an incident hears it. Only what the gateway's crash-loop breaker silenced keeps an incident open; a
@@ -644,7 +900,7 @@ fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
 }
 
 /// Which layers apply now, and on what.
-fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent: &Agent) -> Vec<Rung> {
+fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Agent) -> Vec<Rung> {
     let inputs = |layer: Layer| {
         let mut hash = DefaultHasher::new();
         (layer, exam.map(|e| (e.inputs, e.snapshot.clone()))).hash(&mut hash);
@@ -661,7 +917,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
         (None, None) => Err("the disk could not be looked at".to_owned()),
         (Some(_), None) => Ok(()),
     };
-    let in_place = match (incident.map(|i| i.kind), exam.map(|e| e.need)) {
+    let in_place = match (incident, exam.map(|e| e.need)) {
         (Some(IncidentKind::Latent), Some(Need::InPlace)) => snapshot.clone(),
         (Some(IncidentKind::Latent), _) => Err("nothing is left to be repaired in place".to_owned()),
         (_, _) => Err("the node does not serve".to_owned()),
@@ -671,20 +927,42 @@ fn rungs(exam: Option<&Examination>, incident: Option<&engine::Incident>, agent:
         Some(finding) => Err(finding.what.clone()),
         None => snapshot,
     };
+    let version = agent.version_to_install();
+    let seen = Seen {
+        version: version.as_deref(),
+        snapshot: exam.and_then(|e| e.snapshot.as_deref()),
+        findings: exam.map(|e| e.findings.as_slice()).unwrap_or_default(),
+    };
+    let system = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
+        (Some(finding), _) => Err(finding.what.clone()),
+        (None, None) => Err("the disk could not be looked at".to_owned()),
+        (None, Some(_)) => reinstall::system(&agent.node, &agent.places, seen, agent.sudo.as_ref()),
+    };
+    let user = match (exam.and_then(|e| e.findings.iter().find(|f| outside(f))), exam) {
+        (Some(finding), _) => Err(finding.what.clone()),
+        (None, None) => Err("the disk could not be looked at".to_owned()),
+        (None, Some(_)) => reinstall::user(&agent.node, &agent.places, seen),
+    };
+    let install_inputs = |layer: Layer| {
+        let mut hash = DefaultHasher::new();
+        // A person who asks for a recovery may have mended what nobody here can see: the line, the registry.
+        (inputs(layer), &version, agent.nudges, &agent.sudo).hash(&mut hash);
+        hash.finish()
+    };
     let later =
         |layer: Layer| Rung::new(layer, Err(format!("{layer} is not part of this version")), inputs(layer));
     vec![
         Rung::new(Layer::InPlace, in_place, inputs(Layer::InPlace)),
         Rung::new(Layer::Restart, restart, inputs(Layer::Restart)),
         Rung::new(Layer::Restore, restore, inputs(Layer::Restore)),
-        later(Layer::SystemInstall),
-        later(Layer::UserInstall),
+        Rung::new(Layer::SystemInstall, system, install_inputs(Layer::SystemInstall)),
+        Rung::new(Layer::UserInstall, user, install_inputs(Layer::UserInstall)),
         later(Layer::PeerCopy),
     ]
 }
 
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.
-fn outside(finding: &Finding) -> bool {
+pub(super) fn outside(finding: &Finding) -> bool {
     matches!(finding.kind, FaultKind::PortTaken | FaultKind::DiskFull)
 }
 

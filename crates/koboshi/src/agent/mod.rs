@@ -7,8 +7,11 @@
 pub mod book;
 mod daily;
 pub(crate) mod incident;
+mod orders;
 mod prober;
+mod rest;
 pub mod runner;
+mod standing;
 pub mod status;
 pub mod will;
 
@@ -19,8 +22,8 @@ use crate::agent::prober::Prober;
 use crate::agent::runner::{Runner, Running};
 use crate::agent::status::Status;
 use crate::agent::will::Will;
+use crate::cli::Guard;
 use crate::config::{Config, Mode};
-use crate::control::{self, Order, Reply};
 use crate::patient::{self, Service};
 use crate::places::Places;
 use crate::print::{Exit, Printer};
@@ -44,8 +47,6 @@ use std::time::Duration;
 const MANAGER_LIMIT: Duration = Duration::from_secs(5);
 /// While all is well systemd is asked this rarely: the process itself is watched anyway.
 const MANAGER_EVERY_MS: u64 = 60_000;
-/// The loop wakes at least this often, whatever happens.
-const WAKE_AT_LEAST: Duration = Duration::from_secs(30);
 /// The gateway may drain this long when the container that koboshi is PID 1 of is stopped.
 const DRAIN_LIMIT: Duration = Duration::from_secs(330);
 /// Files change in bursts; one look after this long sees them all.
@@ -58,10 +59,6 @@ const MOST_USERS_ROOTS: usize = 32;
 const PUBLISH_EVERY_MS: u64 = 30_000;
 /// A bare stop of an enabled unit is undone once after this long: systemd records no caller.
 const BARE_STOP_MS: u64 = 90_000;
-/// Something that is due and cannot be done now is tried again after this.
-const NOT_NOW_MS: u64 = 1_000;
-/// A unit on its way down is looked at again after this.
-const UNIT_AGAIN_MS: u64 = 500;
 /// A unit that has been inactive this long was stopped, not restarted.
 const STOPPED_FOR_GOOD_MS: u64 = 2_000;
 /// How long hands stay off when the owner's will cannot be read.
@@ -118,13 +115,24 @@ pub struct Agent {
     me: ProcessId,
     /// Times a person asked for a recovery: that is new evidence too.
     nudges: u32,
+    /// A person asked for a climb of this layer alone, and it has not begun.
+    only: Option<engine::Layer>,
+    /// What this agent was begun for, where it is one `koboshi recover` only.
+    errand: Option<orders::Errand>,
+    /// The climb at whose end a config's trial was ended.
+    trial_ended: Option<(u64, u32)>,
+    /// What sudo said at the last climb, where it is needed.
+    sudo: Option<std::result::Result<(), String>>,
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
 }
 
 /// Runs the agent until it is told to end.
-pub fn run(config: Config, places: Places, watch_only: bool, printer: Printer) -> Result<Exit> {
+pub fn run(config: Config, places: Places, options: &Guard, printer: Printer) -> Result<Exit> {
+    if let Some(parent) = options.errand {
+        orders::end_with(parent)?;
+    }
     places.make()?;
     let Some(_lock) = LockFile::try_take(&places.lock())? else {
         let holder =
@@ -137,10 +145,11 @@ pub fn run(config: Config, places: Places, watch_only: bool, printer: Printer) -
         .hint("koboshi status shows what it does"));
     };
     let mut config = config;
-    if watch_only {
+    if options.watch {
         config.mode = Mode::Watch;
     }
     let mut agent = Agent::new(config, places, printer)?;
+    agent.errand = options.one_layer.then(orders::Errand::default);
     agent.begin();
     if let Some(notifier) = &agent.notifier {
         let _ = notifier.ready();
@@ -198,6 +207,10 @@ impl Agent {
             ordered: true,
             me: ProcessId::current()?,
             nudges: 0,
+            only: None,
+            errand: None,
+            trial_ended: None,
+            sudo: None,
             blind: 0,
             ending: false,
             config,
@@ -229,10 +242,9 @@ impl Agent {
         if let Some(record) = self.book.state().wake(clock::now()) {
             self.write(record);
         }
-        // A dead agent may have held the unit down; its undo is ours.
-        if let Err(e) = self.service.manager().release(Deadline::after(MANAGER_LIMIT)) {
-            self.say(&e.to_string());
-        }
+        // A dead agent may have held the unit down for a repair; its undo is ours. An owner's stop outlives reboots.
+        self.release();
+        self.keep_stopped();
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
             if name.starts_with("job-") {
@@ -243,7 +255,8 @@ impl Agent {
         self.follow_gateway();
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();
-        if self.service.embedded() && idle && !open && self.hands_off().is_none() {
+        let own = self.service.embedded() && self.errand.is_none();
+        if own && idle && !open && self.hands_off().is_none() {
             self.start_embedded("koboshi guard began");
         } else if self.gateway.is_some() {
             self.say("the gateway runs already and is taken into care as it is");
@@ -334,22 +347,16 @@ impl Agent {
     fn sleep(&mut self) -> Result<()> {
         let now = clock::now();
         let watchdog = self.notifier.as_ref().and_then(Notifier::watchdog_period).map(|period| period / 2);
-        let mut until = Deadline::after(watchdog.map_or(WAKE_AT_LEAST, |w| w.min(WAKE_AT_LEAST)));
-        let mut at = |moment: Option<Moment>| {
-            if let Some(moment) = moment {
-                until = until.min(Deadline::at(moment));
-            }
+        let due = rest::Due {
+            look: (!self.prober.busy()).then_some(self.next_look),
+            engine: self.doing.until(now),
+            undecided: self.doing == Doing::Nothing && self.book.state().incident.is_some(),
+            exam: self.exam_due,
+            daily: self.daily.due(),
+            unit: self.unit_stopped.is_some(),
+            watchdog_ms: watchdog.map(|w| u64::try_from(w.as_millis()).unwrap_or(u64::MAX)),
         };
-        if !self.prober.busy() {
-            at(Some(self.next_look));
-        }
-        at(self.doing.until(now));
-        // What is due and was not begun a moment ago cannot be begun now (a climb is on, the node does not serve, the
-        // machine is pressed): it is looked at again in a second, not at once and for ever.
-        let again = |due: Moment| if due.ms <= now.ms { now.plus_ms(NOT_NOW_MS) } else { due };
-        at(self.exam_due.map(again));
-        at(self.daily.due().map(again));
-        at(self.unit_stopped.map(|_| now.plus_ms(UNIT_AGAIN_MS)));
+        let until = Deadline::at(due.wake(now));
         let gateway = self.gateway.as_ref().map(AsFd::as_fd);
         let step = self.step.as_ref().map(|s| s.step.pidfd());
         let job = self.daily.fds();
@@ -384,8 +391,11 @@ impl Agent {
 
     /// The end of the agent is not the end of the gateway, except where the agent is the container's first process.
     fn end(&mut self) {
-        if let Some(mut step) = self.step.take() {
-            let _ = step.kill();
+        if let Some(mut step) = self.step.take()
+            && step.kill().is_ok()
+        {
+            // The step may have held the unit down: nobody is left who would take that back.
+            self.release_now();
         }
         self.daily.end();
         if std::process::id() == 1 {
@@ -444,10 +454,14 @@ impl Agent {
         // Asked for by this agent, or by one that died before it saw the process.
         let ours = self.asked_start.take().is_some() || self.on_the_books(id, now);
         let young = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK)) < YOUNG_MS;
-        if self.counted != Some(id) && !ours && young {
+        let new = self.counted != Some(id);
+        if new && !ours && young {
             self.write(Record::new(now, Event::StartSeen { by: "somebody else".to_owned() }));
         }
         self.counted = Some(id);
+        if new && !ours {
+            self.keep_stopped();
+        }
     }
 
     /// The gateway's process has ended: known within milliseconds, and judged by who ended it.
@@ -472,7 +486,9 @@ impl Agent {
             if state.in_motion() {
                 // systemd starts it again by itself; only damage that would make that fail is put right first.
                 self.say("the gateway ended; systemd is about to start it again");
-                self.exam_due = Some(clock::now());
+                if !self.before_the_next_try() {
+                    self.exam_due = Some(clock::now());
+                }
                 return;
             }
         }
@@ -700,79 +716,6 @@ impl Agent {
         }
     }
 
-    fn take_orders(&mut self) {
-        for (id, order) in control::waiting(&self.places) {
-            let reply = self.obey(&order);
-            if let Err(e) = control::answer(&self.places, &id, &reply) {
-                self.say(&e.to_string());
-            }
-        }
-    }
-
-    /// Does what a person asked for at the command line.
-    fn obey(&mut self, order: &Order) -> Reply {
-        let now = clock::now();
-        let limit = DRAIN_LIMIT + runner::KILL_LIMIT;
-        let result = match order {
-            Order::Stop { grace_s } => {
-                self.will.stopped = true;
-                let saved = self.will.save(&self.places);
-                self.serving_since = None;
-                self.judgement = None;
-                saved.and_then(|()| {
-                    let grace = Duration::from_secs(*grace_s).min(DRAIN_LIMIT);
-                    self.service.manager().stop(grace, Deadline::after(limit)).map(|s| format!("{s:?}"))
-                })
-            }
-            Order::Start => {
-                self.will.stopped = false;
-                self.bare_stop = None;
-                self.will.save(&self.places).and_then(|()| {
-                    if self.node.gateway().is_some() {
-                        return Ok("it runs already".to_owned());
-                    }
-                    self.write(Record::new(now, Event::StartSeen { by: "the owner".to_owned() }));
-                    self.service.manager().clear_latch(Deadline::after(MANAGER_LIMIT))?;
-                    self.service.manager().start(Deadline::after(MANAGER_LIMIT))?;
-                    self.started(now);
-                    Ok("the start was asked for".to_owned())
-                })
-            }
-            Order::Recover => {
-                self.nudges = self.nudges.saturating_add(1);
-                if self.book.state().incident.is_some() {
-                    Ok("an incident is open; its next climb is brought forward".to_owned())
-                } else if let Some(Judgement { verdict: Verdict::NotServing { why }, .. }) = &self.judgement {
-                    let why = why.clone();
-                    self.will.stopped = false;
-                    self.open(IncidentKind::Outage, format!("asked for by hand: {why}"), Vec::new());
-                    Ok("an incident is open".to_owned())
-                } else {
-                    self.exam_due = Some(now);
-                    Ok("the node is not known to be down; its disk is looked at".to_owned())
-                }
-            }
-            Order::Accept => {
-                self.daily.accept(now);
-                Ok("a new baseline is taken".to_owned())
-            }
-            Order::Snapshot { note } => {
-                self.daily.snapshot_by_hand(now, note);
-                Ok("a snapshot is being taken".to_owned())
-            }
-        };
-        match result {
-            Ok(done) => {
-                self.say(&format!("by hand: {order:?}: {done}"));
-                Reply { done: Some(done), error: None }
-            }
-            Err(e) => {
-                self.say(&format!("by hand: {order:?}: {e}"));
-                Reply { done: None, error: Some(format!("{}: {}", e.what, e.why)) }
-            }
-        }
-    }
-
     /// A look that has not come back hangs in the kernel (a dead disk or network file system): no deadline of ours
     /// reaches it. It is left behind with its thread, and a new one looks; the owner is told that we are half blind.
     fn replace_stuck_prober(&mut self, now: Moment) {
@@ -904,7 +847,7 @@ impl Agent {
             incident: state.incident.as_ref().map(|incident| status::Open {
                 id: incident.id,
                 cause: incident.cause.clone(),
-                doing: self.doing.words(),
+                doing: self.doing_words(now),
                 layer: state.climb().and_then(|c| c.turn.as_ref()).map(|t| t.layer),
                 emergency: state.in_emergency(),
             }),

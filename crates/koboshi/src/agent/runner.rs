@@ -16,6 +16,9 @@ pub const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// A step of koboshi's own needs far less; more is a mistake that must not take the machine along.
 const STEP_LIMITS: Limits = Limits { memory_bytes: Some(1 << 30), pids: Some(512) };
 
+/// npm, the unpackers and a trial start live in such a step; a gateway that starts takes 700 MB by itself.
+const INSTALL_LIMITS: Limits = Limits { memory_bytes: Some(3 << 30), pids: Some(512) };
+
 /// What every step is told.
 #[derive(Debug)]
 pub struct Runner {
@@ -74,6 +77,7 @@ impl Runner {
         deadline: Deadline,
     ) -> Result<Running> {
         let request = self.places.steps().join(format!("{name}.json"));
+        let limits = if work.installs() { INSTALL_LIMITS } else { STEP_LIMITS };
         let body = Request {
             work,
             config_file: self.places.config_file.clone(),
@@ -92,7 +96,7 @@ impl Runner {
                 path: self.places.steps().join(format!("{name}.log")),
                 limit_bytes: OUTPUT_LIMIT_BYTES,
             }),
-            limits: STEP_LIMITS,
+            limits,
             background,
             deadline: Some(deadline),
             mark: format!("{name}-{}", self.boot_mark),

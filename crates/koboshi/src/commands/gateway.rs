@@ -21,7 +21,7 @@ use std::time::Duration;
 /// A gateway that answers may have turns to finish: its own service's limit.
 const GRACE_S: u64 = 330;
 /// One that does not answer will not read the signal either.
-const GRACE_HUNG_S: u64 = 3;
+const GRACE_HUNG_S: u64 = layers::GRACE_HUNG.as_secs();
 /// Killing for certain, after the grace.
 const KILL_LIMIT: Duration = Duration::from_secs(15);
 /// Asking a manager for a start.
@@ -74,6 +74,8 @@ fn stop(desk: &Desk, node: &Node) -> Result<u64> {
         }
         Hands::Own(mut service, _lock) => {
             wish(desk, true)?;
+            // Nothing starts it again in this boot; an agent that begins does the same in the next ones.
+            service.manager().hold(Deadline::after(START_LIMIT))?;
             service.manager().stop(grace, Deadline::after(grace + KILL_LIMIT)).map(|_| ())
         }
     };
@@ -95,6 +97,7 @@ fn start(desk: &Desk, node: &Node) -> Result<()> {
         Hands::Agent => control::give(&desk.places, &Order::Start, START_LIMIT).map(|_| ()),
         Hands::Own(mut service, _lock) => {
             wish(desk, false)?;
+            service.manager().release(Deadline::after(START_LIMIT))?;
             if node.gateway().is_some() {
                 return Ok(());
             }
@@ -109,6 +112,7 @@ fn start(desk: &Desk, node: &Node) -> Result<()> {
 fn wish(desk: &Desk, stopped: bool) -> Result<()> {
     let mut will = desk.will();
     will.stopped = stopped;
+    will.by_stops = false;
     will.save(&desk.places)
 }
 

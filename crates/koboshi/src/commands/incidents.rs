@@ -73,7 +73,11 @@ fn show(desk: &Desk, id: &str) -> Result<Exit> {
     let p = desk.printer;
     p.line(p.bold(&format!("incident {number}: {}", one.told.cause)));
     let opened = one.told.opened.as_deref().map_or_else(|| "at an unknown time".to_owned(), date);
-    p.line(format!("  opened {opened} UTC, {} climbs, {} starts", one.told.climbs, one.told.starts));
+    p.line(format!(
+        "  opened {opened} UTC, {}, {}",
+        count(u64::from(one.told.climbs), "climb"),
+        count(u64::from(one.told.starts), "start")
+    ));
     match one.told.outcome {
         Some(_) => p.line(format!(
             "  {} ({}), down for {}, closed after {}",
@@ -94,6 +98,10 @@ fn show(desk: &Desk, id: &str) -> Result<Exit> {
     let quarantine = quarantine.is_dir().then(|| quarantine.display().to_string());
     p.object(Fields::default().put("incident", json(&one, true)).maybe("quarantine", quarantine).done());
     Ok(Exit::Done)
+}
+
+fn count(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// The newest incidents, the open one first.

@@ -72,7 +72,7 @@ pub(super) fn run(cli: &Cli, options: &Install, printer: Printer) -> Result<Exit
     let desk = desk(cli, options, printer)?;
     let plan = plan(&desk, options)?;
     let disk = readiness::look(&desk, &plan.node);
-    let layers = readiness::layers(&plan.node, &disk);
+    let layers = readiness::layers(&desk, &plan.node, &disk);
     tell(&desk, &plan, &layers)?;
     let base = json(&desk, &plan, &layers)?;
     if options.dry_run {

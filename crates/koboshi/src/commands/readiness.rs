@@ -2,6 +2,7 @@
 
 use super::desk::{Desk, Fields};
 use crate::agent::incident::keeps_from_starting;
+use crate::reinstall;
 use crate::step;
 use engine::{Finding, Layer, Rung};
 use host::clock::Deadline;
@@ -44,7 +45,7 @@ pub(super) fn look(desk: &Desk, node: &Node) -> Disk {
 }
 
 /// Every layer, in the order in which they are climbed.
-pub(super) fn layers(node: &Node, disk: &Disk) -> Vec<Readiness> {
+pub(super) fn layers(desk: &Desk, node: &Node, disk: &Disk) -> Vec<Readiness> {
     let dirty = disk.findings.iter().find(|f| keeps_from_starting(f));
     let restart = match dirty {
         Some(finding) => Err(format!("disk, config and state are not clean: {}", finding.what)),
@@ -59,15 +60,24 @@ pub(super) fn layers(node: &Node, disk: &Disk) -> Vec<Readiness> {
         (Some(_), None, Some(reason)) => Err(reason.to_owned()),
         (Some(id), None, None) => Ok(format!("from snapshot {id}")),
     };
+    let version = reinstall::version(node, Some(&desk.baseline()), None);
+    // Whether there is anything to install is known when something is broken; here: whether it could be done.
+    let seen = reinstall::Seen { version: version.as_deref(), snapshot: None, findings: &disk.findings };
+    let how = |()| format!("{} again from the registry", version.as_deref().unwrap_or_default());
+    let asks = crate::sudo::needed(node, &desk.places);
+    let sudo = asks.then(|| crate::sudo::ask(node, Deadline::after(crate::sudo::ASK_LIMIT)));
+    let install = reinstall::system(node, &desk.places, seen, sudo.as_ref()).map(how);
+    let user = reinstall::user(node, &desk.places, seen)
+        .map(|()| format!("the same into {}", layers::install::away(node).prefix.display()));
     std::iter::once(Layer::InPlace)
         .chain(Layer::CLIMB)
         .map(|layer| {
             let state = match layer {
                 Layer::Restart => restart.clone(),
                 Layer::Restore | Layer::InPlace => restore.clone(),
-                Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
-                    Err("not part of this version".to_owned())
-                }
+                Layer::SystemInstall => install.clone(),
+                Layer::UserInstall => user.clone(),
+                Layer::PeerCopy | Layer::Emergency => Err("not part of this version".to_owned()),
             };
             Readiness { layer, state }
         })

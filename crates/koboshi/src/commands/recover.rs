@@ -2,21 +2,20 @@
 //!
 //! A running agent is asked to do it. Where none runs, one is started for this one purpose and ended after: the gateway
 //! stays. Either way it is the journal that is told here, line by line, and the judge who says how it ended. With
-//! `--dry-run` nothing is touched. `--only` runs one layer by hand, outside of any incident, while the agent keeps its
-//! hands off.
+//! `--dry-run` nothing is touched. `--only` is the same with a climb of one layer: journaled, judged, and followed by
+//! the whole ladder where an agent guards the node. This command only watches: ending it (Ctrl-C) ends the watching, and
+//! an agent that was begun for it, and leaves nothing paused or held.
 
 use super::check::{self, node_json};
-use super::desk::{Desk, Fields, Hands, findings_json, verdict_name, verdict_why};
+use super::desk::{Desk, Fields, findings_json, verdict_name, verdict_why};
 use super::{incidents, judging, readiness};
-use crate::agent::runner::Runner;
-use crate::agent::will::Will;
 use crate::cli::Recover;
 use crate::config::Mode;
 use crate::control::{self, Order};
 use crate::print::{Exit, duration};
-use crate::step::{self, Answer, Work};
+use crate::step;
 use engine::state::{HoldKind, Stage};
-use engine::{Ladder, Layer, Outcome, Rung, State, Verdict};
+use engine::{Event, Ladder, Layer, Moment, Outcome, Record, State, Verdict};
 use host::clock::{self, Deadline};
 use host::process::{PidFd, ProcessId};
 use host::{Context, Error, Kind, Result};
@@ -45,13 +44,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(300);
 const MESSAGES_LEAVE: Duration = Duration::from_secs(15);
 /// The agent ends in milliseconds; one that does not is killed.
 const AGENT_ENDS: Duration = Duration::from_secs(20);
-/// While one layer is run by hand the agent keeps off, at most this long, whatever becomes of us.
-const HANDS_OFF_S: i64 = 1_200;
-/// Watching a start by hand: the judge's own limit and the confirmation.
-const START_LIMIT: Duration = Duration::from_secs(930);
-/// Asking a manager for a start.
-const MANAGER_LIMIT: Duration = Duration::from_secs(15);
-
 /// How it ended.
 #[derive(Debug)]
 struct Done {
@@ -78,7 +70,7 @@ pub(super) fn run(desk: &Desk, options: &Recover) -> Result<Exit> {
     p.line(check::headline(desk, &node, &seen.verdict));
     let began = clock::now();
     let done = match only {
-        Some(layer) => by_hand(desk, &node, layer, &exam)?,
+        Some(layer) => with_one_layer(desk, layer)?,
         None if seen.verdict.is_serving() && exam.need == Need::Nothing => Done {
             outcome: Outcome::LeftAlone,
             layer: None,
@@ -125,7 +117,8 @@ fn tell(desk: &Desk, node: &Node, done: &Done, took_ms: u64) {
 
 /// A layer that this version can run, by its name.
 fn layer(name: &str) -> Result<Layer> {
-    const BUILT: [Layer; 3] = [Layer::InPlace, Layer::Restart, Layer::Restore];
+    const BUILT: [Layer; 5] =
+        [Layer::InPlace, Layer::Restart, Layer::Restore, Layer::SystemInstall, Layer::UserInstall];
     BUILT.into_iter().find(|l| l.name() == name).ok_or_else(|| {
         let why = if Layer::CLIMB.iter().any(|l| l.name() == name) {
             "that layer is not part of this version"
@@ -143,7 +136,9 @@ fn examine(desk: &Desk, node: &Node, care: Care) -> Result<Examination> {
     // A store that cannot be used is a reason why a layer does not apply, not why the node cannot be looked at.
     let store = step::open_store(&desk.places).unwrap_or_default();
     let baseline = desk.baseline();
-    let exam = layers::examine(node, store.as_ref(), Some(&baseline), care, Deadline::after(EXAMINE_LIMIT));
+    let proof = layers::install::Proof::load(&desk.places.state_dir).unwrap_or_default();
+    let deadline = Deadline::after(EXAMINE_LIMIT);
+    let exam = layers::examine(node, store.as_ref(), Some(&baseline), proof.as_ref(), care, deadline);
     bar.done();
     exam
 }
@@ -172,7 +167,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         good: exam.snapshot.clone(),
         store_trouble: step::open_store(&desk.places).err().map(|e| e.to_string()),
     };
-    let mut ready = readiness::layers(node, &disk);
+    let mut ready = readiness::layers(desk, node, &disk);
     if let Some(only) = only {
         for r in ready.iter_mut().filter(|r| r.layer != only) {
             r.state = Err("not asked for (--only)".to_owned());
@@ -250,7 +245,7 @@ fn by_agent(desk: &Desk, node: &Node) -> Result<Done> {
         Some(_) => None,
         None => {
             desk.printer.note("no agent is running: one is started for this recovery only");
-            Some(Temporary::start(desk)?)
+            Some(Temporary::start(desk, false)?)
         }
     };
     let result = until_whole(desk, node, already_open, &before);
@@ -283,9 +278,73 @@ fn until_whole(desk: &Desk, node: &Node, open: Option<u64>, before: &State) -> R
 }
 
 fn ask_and_follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
-    let said = control::give(&desk.places, &Order::Recover, ORDER_LIMIT)?;
+    ask(desk, None)?;
+    follow(desk, open, before, None)
+}
+
+fn ask(desk: &Desk, only: Option<Layer>) -> Result<()> {
+    let said = control::give(&desk.places, &Order::Recover { only }, ORDER_LIMIT).map_err(|e| {
+        if e.hint.is_some() { e } else { e.hint("koboshi recover --dry-run says what would work") }
+    })?;
     desk.printer.note(format!("agent: {said}"));
-    follow(desk, open, before)
+    Ok(())
+}
+
+/// A climb of one layer. A running agent goes on with the others if that fails; one begun for this does not.
+fn with_one_layer(desk: &Desk, layer: Layer) -> Result<Done> {
+    let own = match desk.agent() {
+        Some(_) => None,
+        None => {
+            desk.printer.note("no agent is running: one is started for this layer only");
+            Some(Temporary::start(desk, true)?)
+        }
+    };
+    // What the agent knows of the node by now is what it answers by.
+    wait_for_a_verdict(desk);
+    let before = desk.book()?.0;
+    let open = before.incident.as_ref().map(|i| i.id);
+    let result = ask(desk, Some(layer)).and_then(|()| follow(desk, open, &before, Some(layer)));
+    if let Some(own) = own {
+        own.end(desk);
+        desk.printer.note("the agent of this layer has ended; nothing guards the node now (koboshi install)");
+    }
+    result
+}
+
+/// An agent that has just begun has not judged the node yet.
+fn wait_for_a_verdict(desk: &Desk) {
+    let deadline = Deadline::after(AGENT_APPEARS);
+    while !deadline.passed() {
+        let known = desk.status().is_some_and(|s| match s.verdict {
+            Verdict::Serving { .. } => s.confirmed,
+            Verdict::NotServing { .. } => true,
+            Verdict::Inconclusive { .. } => false,
+        });
+        if known {
+            return;
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// What is journaled since `since` of a climb of this layer alone: why it failed, and whether that climb is over.
+fn alone(records: &[Record], since: Moment, layer: Layer) -> (Option<String>, bool) {
+    let (mut begun, mut why) = (false, None);
+    for record in records.iter().filter(|r| r.at.boot == since.boot && r.at.ms >= since.ms) {
+        let event = &record.event;
+        if let Event::ClimbBegan { only, .. } = event {
+            if begun && only.is_none() {
+                return (why, true);
+            }
+            begun |= *only == Some(layer);
+        } else if let Event::Failed { layer: of, why: reason } | Event::Passed { layer: of, reason } = event
+            && begun
+            && *of == layer
+        {
+            why = Some(reason.clone());
+        }
+    }
+    (why, false)
 }
 
 /// What an incident holds for, and since when; a hold that was there before anything was asked for is no answer.
@@ -297,13 +356,18 @@ fn held(state: &State) -> Option<(u64, u64)> {
 }
 
 /// Tells the incident as it is journaled, until it is over.
-fn follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
+fn follow(desk: &Desk, open: Option<u64>, before: &State, only: Option<Layer>) -> Result<Done> {
     let old = held(before);
     let began = clock::now();
+    // The order was given before this: what it led to may be written already.
+    let first = Moment { boot: began.boot, ms: 0 };
+    let since = before.last.filter(|last| last.boot == began.boot).unwrap_or(first);
     let deadline = Deadline::after(FOLLOW_LIMIT);
     let mut told = (0, 0);
     let mut closed_at = None;
     loop {
+        // Asked first: what an agent wrote last is in the journal by then.
+        let ended = desk.agent().is_none();
         let (state, records) = desk.book()?;
         let number = incident_now(&state, open, before);
         if let Some(id) = number
@@ -339,7 +403,23 @@ fn follow(desk: &Desk, open: Option<u64>, before: &State) -> Result<Done> {
                 });
             }
         }
-        if desk.agent().is_none() {
+        if let (Some(layer), Some(id)) = (only, number)
+            && let (why, over) = alone(&records, since, layer)
+            && (over || (ended && why.is_some()))
+        {
+            let why = why.unwrap_or_else(|| "it had no turn".to_owned());
+            let after = if ended { "" } else { "; the agent goes on with all layers (koboshi status)" };
+            let words = format!("{layer} did not right it: {why}{after}");
+            return Ok(Done {
+                outcome: Outcome::Failed,
+                layer: None,
+                incident: Some(id),
+                down_ms: waited,
+                took_ms: waited,
+                words,
+            });
+        }
+        if ended {
             return Err(Error::new(Kind::System, "recover the node", "the agent has ended")
                 .hint(format!("{} holds its last words", log(desk).display())));
         }
@@ -409,7 +489,7 @@ struct Temporary {
 }
 
 impl Temporary {
-    fn start(desk: &Desk) -> Result<Temporary> {
+    fn start(desk: &Desk, one_layer: bool) -> Result<Temporary> {
         let what = || "start an agent for this recovery".to_owned();
         desk.places.make()?;
         let log_file = std::fs::File::create(log(desk)).context(what)?;
@@ -417,7 +497,8 @@ impl Temporary {
         let child = Command::new(exe)
             .arg("--config")
             .arg(&desk.places.config_file)
-            .arg("guard")
+            .args(["guard", "--errand", &std::process::id().to_string()])
+            .args(one_layer.then_some("--one-layer"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::from(log_file))
@@ -458,161 +539,6 @@ impl Temporary {
             let _ = self.fd.wait(Deadline::after(AGENT_ENDS));
         }
         let _ = self.child.try_wait();
-    }
-}
-
-// ---- one layer by hand ----
-
-/// Keeps the agent off while we work; its own will comes back however this ends.
-struct Off<'a> {
-    desk: &'a Desk,
-    before: Will,
-}
-
-impl Drop for Off<'_> {
-    fn drop(&mut self) {
-        if let Err(e) = self.before.save(&self.desk.places) {
-            self.desk.printer.error(&e);
-        }
-    }
-}
-
-fn by_hand(desk: &Desk, node: &Node, layer: Layer, exam: &Examination) -> Result<Done> {
-    let what = || format!("run the layer {layer} by hand");
-    let disk =
-        readiness::Disk { findings: exam.findings.clone(), good: exam.snapshot.clone(), store_trouble: None };
-    if let Some(Err(why)) = applies(node, layer, &disk, exam) {
-        return Err(
-            Error::new(Kind::System, what(), why).hint("koboshi recover --dry-run says what would work")
-        );
-    }
-    let before = Will { stopped: false, ..desk.will() };
-    let until_s = clock::wall().as_second() + HANDS_OFF_S;
-    let _off = Off { desk, before: before.clone() };
-    Will { paused_until_s: Some(until_s), ..before }.save(&desk.places)?;
-    wait_for_hands_off(desk)?;
-
-    let began = clock::now();
-    let hands = desk.hands(node)?;
-    let containers = desk.places.containers(node)?;
-    let runner = Runner::new(containers.clone(), desk.places.clone());
-    let findings = exam.findings.clone();
-    // A gateway that answers gets its whole grace; only one that does not is not waited for.
-    let hung = node.gateway().is_some()
-        && node::http::get(node.port, "/healthz", Deadline::after(Duration::from_secs(5))).is_err();
-    // Numbered above every incident, so that its quarantine is nobody else's.
-    let incident = desk.book()?.0.incidents.saturating_add(1_000_000);
-    let work = match layer {
-        Layer::Restart => Work::Restart { hung },
-        Layer::InPlace => Work::InPlace { findings, incident },
-        Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
-            Work::Restore { findings, hung, wider: false, incident }
-        }
-    };
-    let limit = Duration::from_millis(Rung::new(layer, Ok(()), 0).work_most_ms);
-    let baseline = desk.baseline();
-    let bar = desk.printer.spinner(&format!("{layer} at work"));
-    let answer = runner.run("job-by-hand", work, node, Some(&baseline), limit);
-    bar.done();
-    report(desk, layer, answer?)?;
-    if layer == Layer::InPlace {
-        let after = examine(desk, node, Care::Quick)?;
-        let whole = after.need == Need::Nothing;
-        let words = if whole { "repaired while it served" } else { "the disk is still not whole" };
-        let outcome = if whole { Outcome::Recovered } else { Outcome::Failed };
-        return Ok(Done {
-            outcome,
-            layer: Some(layer),
-            incident: None,
-            down_ms: 0,
-            took_ms: 0,
-            words: words.to_owned(),
-        });
-    }
-    let mut service = match hands {
-        Hands::Own(service, lock) => (service, Some(lock)),
-        Hands::Agent => {
-            (Box::new(crate::patient::Service::of(node, &desk.config, &containers, &desk.places)?), None)
-        }
-    };
-    service.0.manager().start(Deadline::after(MANAGER_LIMIT))?;
-    let mut judge = judging::judge(desk);
-    judge.started(clock::now());
-    let bar = desk.printer.spinner("judging the start");
-    let judgement = judging::watch(desk, node, &mut judge, START_LIMIT, |_| {});
-    bar.done();
-    let took_ms = clock::now().since_ms(began).unwrap_or(0);
-    let good = judgement.verdict.is_serving() && judgement.confirmed;
-    let down_ms = judgement.first_good.and_then(|at| at.since_ms(began)).unwrap_or(took_ms);
-    Ok(Done {
-        outcome: if good { Outcome::Recovered } else { Outcome::Failed },
-        layer: good.then_some(layer),
-        incident: None,
-        down_ms,
-        took_ms,
-        words: if good {
-            format!("by {layer}, run by hand")
-        } else {
-            verdict_why(&judgement.verdict).unwrap_or_else(|| "it could not be confirmed".to_owned())
-        },
-    })
-}
-
-fn applies(
-    node: &Node,
-    layer: Layer,
-    disk: &readiness::Disk,
-    exam: &Examination,
-) -> Option<std::result::Result<(), String>> {
-    if layer == Layer::InPlace {
-        return Some(match (exam.need, &disk.good) {
-            (_, None) => Err("there is no good snapshot yet".to_owned()),
-            (Need::InPlace | Need::Later, Some(_)) => Ok(()),
-            (Need::Nothing, Some(_)) => Err("nothing on the disk is damaged".to_owned()),
-            (Need::Interruption, Some(_)) => {
-                Err("the damage needs the gateway stopped: use restore".to_owned())
-            }
-        });
-    }
-    readiness::layers(node, disk).into_iter().find(|r| r.layer == layer).map(|r| r.state.map(|_| ()))
-}
-
-fn wait_for_hands_off(desk: &Desk) -> Result<()> {
-    let deadline = Deadline::after(AGENT_APPEARS);
-    while desk.agent().is_some() {
-        if desk.status().is_some_and(|s| s.hands_off.is_some() && s.incident.is_none()) {
-            return Ok(());
-        }
-        if deadline.passed() {
-            return Err(Error::new(
-                Kind::TimedOut,
-                "have the agent keep its hands off",
-                "it is still at work",
-            )
-            .hint("koboshi status shows at what; try again when it is done"));
-        }
-        std::thread::sleep(LOOK_AGAIN);
-    }
-    Ok(())
-}
-
-fn report(desk: &Desk, layer: Layer, answer: Answer) -> Result<()> {
-    match answer {
-        Answer::Done(report) => {
-            for line in report.done.iter().chain(&report.undone) {
-                desk.printer.note(format!("  {layer}: {line}"));
-            }
-            Ok(())
-        }
-        Answer::Failed { what, why } => {
-            Err(Error::new(Kind::System, what, why)
-                .hint("koboshi recover --dry-run says what else would work"))
-        }
-        Answer::Examined(_)
-        | Answer::Taken { .. }
-        | Answer::Settled { .. }
-        | Answer::Tidied { .. }
-        | Answer::Delivered { .. } => Ok(()),
     }
 }
 

@@ -9,6 +9,7 @@ use engine::{Class, Verdict};
 use host::clock;
 use host::process::ProcessId;
 use host::{Error, Result};
+use layers::install::Moved;
 use node::Node;
 use serde_json::Value;
 use store::SnapshotInfo;
@@ -46,11 +47,20 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let emergency = state.in_emergency();
     let kept = kept(desk);
     let disk = readiness::look(desk, &node);
-    let layers = readiness::layers(&node, &disk);
+    let layers = readiness::layers(desk, &node, &disk);
     let recent = incidents::newest(desk, INCIDENTS)?;
 
     head(desk, &node, &verdict, fresh.as_ref());
     agent_lines(desk, agent, status.as_ref());
+    let moved =
+        layers::install::Moved::load(&desk.places.state_dir).unwrap_or_default().filter(Moved::displaced);
+    if let Some(moved) = &moved {
+        desk.printer.line(format!(
+            "displaced  it runs from {}; its home {} could not be mended",
+            moved.away.prefix.display(),
+            moved.home.prefix.display()
+        ));
+    }
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
     }
@@ -72,6 +82,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("manager", desk.manager(&node))
         .maybe("hands_off", desk.hands_off())
         .maybe("gateway_pid", node.gateway().map(|id| id.pid))
+        .maybe("displaced_from", moved.map(|m| m.home.prefix.display().to_string()))
         .put("layers", readiness::json(&layers))
         .put("snapshots", kept_json(&kept))
         .put("findings", findings_json(&disk.findings))
@@ -163,9 +174,27 @@ fn snapshot_lines(desk: &Desk, kept: &Kept) {
     };
     p.line(format!("snapshots  {} kept, {good}; {disk}", kept.snapshots.len()));
     if let Some(info) = newest_good(kept) {
-        let ages: Vec<String> =
-            info.classes.iter().map(|(class, c)| format!("{class} {}", seconds(age_s(c.taken)))).collect();
-        p.line(format!("           good copies seen: {}", ages.join(", ")));
+        p.line(format!("           good copies, last seen unchanged: {}", copies(info)));
+    }
+}
+
+/// The age of each class's good copy, classes of the same age together.
+fn copies(info: &SnapshotInfo) -> String {
+    let mut by_age: Vec<(String, Vec<&str>)> = Vec::new();
+    for (class, copy) in &info.classes {
+        let age = seconds(age_s(copy.taken));
+        match by_age.iter_mut().find(|(known, _)| *known == age) {
+            Some((_, classes)) => classes.push(class.name()),
+            None => by_age.push((age, vec![class.name()])),
+        }
+    }
+    match by_age.as_slice() {
+        [(age, _)] => format!("every class {age} ago"),
+        several => {
+            let told: Vec<String> =
+                several.iter().map(|(age, classes)| format!("{} {age} ago", classes.join(", "))).collect();
+            told.join("; ")
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use crate::print::{Exit, Printer, bytes};
 use crate::{patient, spare};
 use host::clock::Deadline;
 use host::process::ProcessId;
+use host::service::Manager;
 use host::{Context, Error, Kind, Result, files};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -72,6 +73,12 @@ pub(super) fn run(cli: &Cli, options: &Uninstall, printer: Printer) -> Result<Ex
     }
     if let Some(id) = agent {
         end_agent(id)?;
+    }
+    if let Some(mut held) = node.as_ref().and_then(|node| desk.unit(node)) {
+        // Nobody would be left to take back what koboshi holds down.
+        if let Err(e) = held.release(Deadline::after(AGENT_ENDS)) {
+            p.note(format!("if koboshi holds the unit down, a reboot ends that: {e}"));
+        }
     }
     if let Some(node) = node.as_ref().filter(|_| options.purge) {
         spare::remove(node)?;

@@ -58,6 +58,15 @@ impl Fake {
         self.path("prefix/lib/node_modules/openclaw")
     }
 
+    /// From now on (or no longer) the gateway ends as it starts, for a reason that no look at the disk shows.
+    pub fn ails(&self, ails: bool) {
+        if ails {
+            write(&self.path("ails"), "");
+        } else {
+            std::fs::remove_file(self.path("ails")).unwrap();
+        }
+    }
+
     pub fn config(&self) -> PathBuf {
         self.path("k/koboshi.toml")
     }
@@ -82,8 +91,9 @@ impl Fake {
         write(
             &node,
             &format!(
-                "#!/bin/sh\n[ \"$1\" = --version ] && echo v26.10.0 && exit 0\n{PORT}=$4 {STATE}='{}' \
-                 exec '{}' --exact fake::the_gateway_itself --nocapture\n",
+                "#!/bin/sh\n[ \"$1\" = --version ] && echo v26.10.0 && exit 0\n[ -e '{}' ] && exit 7\n\
+                 {PORT}=$4 {STATE}='{}' exec '{}' --exact fake::the_gateway_itself --nocapture\n",
+                self.path("ails").display(),
                 self.state().display(),
                 program.display()
             ),

@@ -6,16 +6,16 @@ use host::process::{PidFd, ProcessId};
 use serde_json::json;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(40);
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A running agent; ended with the test.
-struct Agent {
-    child: std::process::Child,
-    fd: PidFd,
+pub struct Agent {
+    pub child: std::process::Child,
+    pub fd: PidFd,
 }
 
 impl Agent {
-    fn start(fake: &Fake) -> Agent {
+    pub fn start(fake: &Fake) -> Agent {
         let cmd = fake.command(&["guard"]);
         let mut command = std::process::Command::new(&cmd.program);
         command.args(&cmd.args).env_clear().envs(cmd.env);

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub, reason = "all of this is a test")]
 
+mod agent;
 mod all;
 mod fake;
 mod gateway;

@@ -20,6 +20,27 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Set in a test that has mounts of its own.
+const OWN_MOUNTS: &str = "KOBOSHI_TEST_OWN_MOUNTS";
+
+/// Runs the test of this name once more where nobody sees its mounts: a namespace that somebody else makes meanwhile
+/// would copy them and keep a file system alive that was unmounted here. True within.
+#[allow(clippy::disallowed_methods, reason = "it ends by itself")]
+pub fn in_own_mounts(name: &str) -> bool {
+    if std::env::var_os(OWN_MOUNTS).is_some() {
+        return true;
+    }
+    let there = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(OWN_MOUNTS, "1")
+        .status()
+        .unwrap();
+    assert!(there.success(), "{name}, in a mount namespace of its own");
+    false
+}
+
 pub struct Place {
     pub tmp: tempfile::TempDir,
     pub dir: PathBuf,

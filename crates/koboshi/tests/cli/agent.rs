@@ -1,0 +1,168 @@
+//! A running agent: orders for one layer, people who go away, damage that nothing mends, and what it costs to wait.
+
+use crate::fake::Fake;
+use crate::gateway::{Agent, PATIENCE};
+use host::clock::Deadline;
+use host::process::ProcessId;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+fn until(fake: &Fake, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Deadline::after(PATIENCE);
+    loop {
+        let (object, _) = fake.json(&["status"]);
+        if wanted(&object) {
+            return object;
+        }
+        let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
+        assert!(!deadline.passed(), "never {what}: {object}\n{}", log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// A command that is begun and not waited for.
+#[allow(clippy::zombie_processes, reason = "it is ended by its identity; a zombie counts as gone")]
+fn begin(fake: &Fake, args: &[&str]) -> ProcessId {
+    let cmd = fake.command(args);
+    let mut command = std::process::Command::new(&cmd.program);
+    let log = std::fs::File::create(fake.path("begun.log")).unwrap();
+    let child = command
+        .args(&cmd.args)
+        .env_clear()
+        .envs(cmd.env)
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    ProcessId::of(child.id()).unwrap()
+}
+
+/// Nothing that a person would have to take back is left: no pause, no stop, no order.
+fn nothing_is_left(fake: &Fake) {
+    let (object, _) = fake.json(&["status"]);
+    assert!(object.get("hands_off").is_none(), "{object}");
+    let will = std::fs::read_to_string(fake.koboshi_state().join("will.json")).unwrap_or_default();
+    assert!(
+        will.is_empty() || !will.contains(r#""stopped":true"#) && will.contains(r#""paused_until_s":null"#),
+        "{will}"
+    );
+    let orders = std::fs::read_dir(fake.path("k/run/orders")).unwrap().flatten();
+    assert_eq!(orders.filter(|o| o.path().extension().is_some_and(|x| x == "order")).count(), 0);
+}
+
+#[test]
+fn one_layer_is_a_climb_of_the_running_agent_and_recorded_as_such() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    // A node that serves is not interrupted by a word.
+    fake.koboshi(&["recover", "--only", "restart"]).code(1).says("it serves and its disk is whole");
+    fake.koboshi(&["recover", "--only", "in-place"]).code(1).says("nothing on the disk");
+    std::fs::write(fake.package().join("node_modules/ws/index.js"), "").unwrap();
+    let (object, code) = fake.json(&["recover", "--only", "restore"]);
+    assert_eq!(
+        (code, &object["outcome"], &object["layer"]),
+        (0, &json!("recovered"), &json!("restore")),
+        "{object}"
+    );
+    let id = object["incident"].to_string();
+    fake.koboshi(&["incidents", "show", &id]).code(0).says("(restore only): asked for by hand");
+    assert!(fake.gateway().is_some());
+    nothing_is_left(&fake);
+}
+
+#[test]
+fn who_asks_for_one_layer_may_go_away_and_the_agent_goes_on() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    std::fs::write(fake.package().join("node_modules/ws/index.js"), "").unwrap();
+    let person = begin(&fake, &["recover", "--only", "restore"]);
+    until(&fake, "asked", |s| s["agent"]["doing"].is_string() || s["incidents"][0]["outcome"] == "recovered");
+    let _ = person.signal(Signal::INT);
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    nothing_is_left(&fake);
+}
+
+#[test]
+fn without_an_agent_one_layer_ends_with_the_command_and_leaves_nothing_held() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    fake.kill_gateway();
+    let person = begin(&fake, &["recover", "--only", "restart"]);
+    let status = until(&fake, "guarded", |s| s["agent"]["running"] == true);
+    let agent = ProcessId::of(u32::try_from(status["agent"]["pid"].as_u64().unwrap()).unwrap()).unwrap();
+    let fd = agent.open().unwrap();
+    // Killed, as a closed terminal or an impatient script would: it cannot clean up.
+    let _ = person.signal(Signal::KILL);
+    assert!(fd.wait(Deadline::after(PATIENCE)), "the agent outlives the command that began it");
+    nothing_is_left(&fake);
+    // And it can be asked again, at once.
+    let (object, code) = fake.json(&["recover", "--only", "restart"]);
+    assert!(code == 0 || object["error"]["why"].to_string().contains("it serves"), "{object}");
+    assert!(fake.gateway().is_some());
+}
+
+#[test]
+fn one_layer_that_fails_without_an_agent_is_all_that_is_tried() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    fake.kill_gateway();
+    fake.ails(true);
+    let (object, code) = fake.json(&["recover", "--only", "restart"]);
+    assert_eq!((code, &object["outcome"]), (1, &json!("failed")), "{object}");
+    let (object, _) = fake.json(&["incidents", "show", &object["incident"].to_string()]);
+    let lines = object["incident"]["lines"].to_string();
+    assert!(lines.contains("(restart only)") && !lines.contains("restore: work begins"), "{lines}");
+    assert!(!lines.contains("emergency"), "one layer is not every way of recovery: {lines}");
+}
+
+#[test]
+fn damage_that_nothing_mends_is_told_as_that_and_waiting_for_it_costs_nothing() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    let agent = Agent::start(&fake);
+    let id = ProcessId::of(agent.child.id()).unwrap();
+    // What it costs to watch a node that is well...
+    let idle_ms = cpu_of_three_seconds(id);
+    assert!(idle_ms < 700, "{idle_ms} ms of CPU in 3 s of rest");
+    // ... and one whose program is damaged while no snapshot is good yet.
+    std::fs::write(fake.package().join("node_modules/ws/index.js"), "").unwrap();
+    std::fs::write(fake.package().join("dist/entry.js"), "").unwrap();
+    let status = until(&fake, "told", |s| {
+        s["agent"]["doing"].as_str().is_some_and(|d| d.contains("could not be mended"))
+    });
+    assert_eq!(status["verdict"], "serving", "{status}");
+    assert_eq!(status["incidents"][0]["outcome"], "open", "{status}");
+    fake.koboshi(&["status"]).code(0).says("the node serves, the damage could not be mended; tried again in");
+    let waiting_ms = cpu_of_three_seconds(id);
+    assert!(waiting_ms < 700, "{waiting_ms} ms of CPU in 3 s of an incident that waits");
+    let told = || std::fs::read_to_string(fake.koboshi_state().join("alerts.txt")).unwrap_or_default();
+    let deadline = Deadline::after(PATIENCE);
+    while !told().contains("damage on its disk could not be mended") {
+        assert!(!deadline.passed(), "{}", told());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(told().contains("is damaged on disk; it still serves"), "{}", told());
+    assert!(!told().contains("is down") && !told().contains("still down"), "{}", told());
+}
+
+/// CPU time of the agent itself and of its steps that ended, over three seconds.
+fn cpu_of_three_seconds(agent: ProcessId) -> u64 {
+    let used = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", agent.pid)).unwrap();
+        let fields: Vec<u64> =
+            stat.rsplit(')').next().unwrap().split_whitespace().map(|f| f.parse().unwrap_or(0)).collect();
+        // utime, stime, cutime and cstime, in hundredths of a second.
+        fields[11..15].iter().sum::<u64>() * 10
+    };
+    let before = used();
+    std::thread::sleep(Duration::from_secs(3));
+    used() - before
+}

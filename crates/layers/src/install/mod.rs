@@ -1,0 +1,253 @@
+//! What layers 2 and 3 share: a program made anew from the registry, proven byte by byte, put in place by one exchange.
+//!
+//! npm decides only *which* packages lie *where*: it is asked to resolve, not to unpack (17 s instead of 95 on a busy
+//! host, and the program is written once instead of three times). It runs without privileges in a fresh directory, may
+//! hang, lie, be killed or be taken over, and none of that reaches the node: its exit code is not looked at, and its one
+//! answer is judged like a stranger's. The stage is built from the registry's tarballs, each fetched by koboshi's own
+//! client, read once, proven in memory and unpacked from that memory into a directory that only the one who will own the
+//! program can write to. So there is no moment between proof and copy in which anybody could exchange anything.
+//! Then: does it hold together, does the right Node run it, do its native modules load, does its entry point start? Only
+//! after all that the gateway is stopped and the trees are exchanged. The previous tree stays until the new one has
+//! settled.
+
+mod build;
+mod lock;
+mod moved;
+mod place;
+mod proof;
+mod stage;
+mod switch;
+mod tools;
+mod trial;
+
+pub use moved::{Moved, away};
+pub use place::Place;
+pub use proof::Proof;
+pub use switch::{Pending, settle, take_back};
+
+use crate::{Bench, Report, quiet};
+use host::registry::Registry;
+use host::{Error, Kind, Result};
+use node::{Node, service};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The most npm ever gets; then it is killed with everything it started.
+pub const NPM_LIMIT: Duration = Duration::from_secs(120);
+/// A registry that does not answer one question in this time is as good as dead.
+const ASK_LIMIT: Duration = Duration::from_secs(15);
+/// What is left to do once the gateway has ended: renames, a link, a unit.
+const NEEDS: Duration = Duration::from_secs(3);
+/// The package on the registry.
+const PACKAGE: &str = "openclaw";
+/// Where stages and previous trees lie, beside the program's own directory and on its file system, hidden from npm.
+const STAGES: &str = "lib/.koboshi-install";
+
+/// The service's files, as remembered.
+const SERVICE: &str = "service.json";
+const SERVICE_LIMIT_BYTES: u64 = 8 << 20;
+
+/// What is to be installed, and where koboshi's own files lie.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The last good version; a full one, never a tag.
+    pub version: String,
+    /// The integrity of its tarball as it was recorded when it was good, where it was.
+    pub integrity: Option<String>,
+    /// koboshi's own directory: proofs and what is not yet settled are remembered here, tarballs of Node and npm kept.
+    pub state_dir: PathBuf,
+    /// Scratch on a large disk; chosen by itself when none.
+    pub scratch: Option<PathBuf>,
+    /// npm's limit.
+    pub npm_limit: Duration,
+    /// Who this is done for, in [`Pending`].
+    pub layer: engine::Layer,
+}
+
+/// Makes the program of `target` anew and puts it in place. `target` is the node as it will be (for layer 2 as it was).
+pub fn work(bench: &mut Bench<'_>, target: &Node, order: &Order, hung: bool) -> Result<Report> {
+    let mut report = Report::default();
+    // What an earlier layer left in place after a bad verdict goes back first.
+    take_back(&order.state_dir, bench.manager, bench.deadline, &mut report)?;
+    let place = Place::of(target, order)?;
+    if let Some(tree) = old_tree(bench, target) {
+        report.did(format!("{} is the whole last good program: no need to fetch it", tree.display()));
+        return put(bench, target, order, &place, hung, Ready { program: tree, runtime: None }, report);
+    }
+    let registry = Registry::from_env(place.rc_home.as_deref(), &[])?;
+    let package = registry.resolve(
+        PACKAGE,
+        &order.version,
+        bench.deadline.min(host::clock::Deadline::after(ASK_LIMIT)),
+    )?;
+    if package.version != order.version {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("ask for {PACKAGE} {}", order.version),
+            format!("the registry offers {} instead", package.version),
+        ));
+    }
+    let recorded = order.integrity.as_deref().and_then(host::registry::Integrity::parse);
+    if recorded.is_some_and(|recorded| recorded != package.integrity) {
+        return Err(Error::new(
+            Kind::Corrupt,
+            format!("ask for {PACKAGE} {}", order.version),
+            format!(
+                "the registry promises {}, recorded was {}",
+                package.integrity,
+                order.integrity.as_deref().unwrap_or("")
+            ),
+        )
+        .hint("the registry or something on the way serves another package under this name"));
+    }
+    let base = place.base(order)?;
+    let outcome = build::build(bench, target, order, &place, &base, &registry, &package, &mut report);
+    let outcome = outcome.and_then(|ready| put(bench, target, order, &place, hung, ready, report));
+    // Hundreds of megabytes; what cannot be removed is found and removed by the next one.
+    let _ = std::fs::remove_dir_all(&base);
+    outcome
+}
+
+/// What stands ready to be exchanged in.
+struct Ready {
+    /// The program's tree on the prefix's file system.
+    program: PathBuf,
+    /// A runtime's tree, where the node needs one.
+    runtime: Option<PathBuf>,
+}
+
+/// A complete old tree that an interrupted npm left in its staging name: proven against the trusted snapshot.
+fn old_tree(bench: &Bench<'_>, target: &Node) -> Option<PathBuf> {
+    /// The store's name for the program's root.
+    const ROOT: &str = "program";
+    let store = bench.store?;
+    let trusted = store.newest_trusted(None).ok()??;
+    if target.package_dir != bench.node.package_dir {
+        return None;
+    }
+    node::update::staging(target)
+        .into_iter()
+        .filter(|tree| tree.symlink_metadata().is_ok_and(|m| m.is_dir()))
+        .find(|tree| {
+            store.check_spare(&trusted.id, ROOT, tree, bench.deadline).is_ok_and(|spare| spare.ready)
+        })
+}
+
+/// Stops the gateway and puts what stands ready in place.
+fn put(
+    bench: &mut Bench<'_>,
+    target: &Node,
+    order: &Order,
+    place: &Place,
+    hung: bool,
+    ready: Ready,
+    mut report: Report,
+) -> Result<Report> {
+    let target = &if ready.runtime.is_some() { moved::with_own_runtime(target) } else { target.clone() };
+    // A proof of the tree in its final place, for whoever looks at the disk later without any store.
+    let proof = Proof::of(&ready.program, &order.version)?;
+    // systemd would start the tree that is being replaced.
+    quiet::hold(bench, &mut report);
+    quiet::stop(bench, hung, NEEDS, &mut report)?;
+    proof.save(&order.state_dir)?;
+    let mut swaps = vec![(ready.program, target.package_dir.clone())];
+    if let (Some(stage), Some(live)) = (ready.runtime, &target.runtime_dir) {
+        swaps.push((stage, live.clone()));
+    }
+    let pending = Pending {
+        layer: order.layer,
+        version: order.version.clone(),
+        owner: place.owner,
+        swaps,
+        back: node::triage::program_is_whole(target),
+        aside: Vec::new(),
+        before: bench.node.clone(),
+        after: target.clone(),
+    };
+    switch::exchange(order, place, &pending, bench.deadline, &mut report)?;
+    place.as_owner(|| link(target))?;
+    for left in node::update::staging(target) {
+        switch::aside(order, place, &left, &mut report);
+    }
+    let home = Moved::load(&order.state_dir)?.map_or_else(|| bench.node.clone(), |m| m.home);
+    serve(&home, target, &order.state_dir, &mut report)?;
+    if target != bench.node {
+        Moved { home, away: target.clone() }.save(&order.state_dir)?;
+    }
+    bench.manager.reload(bench.deadline)?;
+    bench.manager.clear_latch(bench.deadline)?;
+    Ok(report)
+}
+
+/// The service's files: the owner's own where they are gone, and our drop-in where the program or its runtime lie
+/// elsewhere than at home.
+fn serve(home: &Node, now: &Node, state_dir: &Path, report: &mut Report) -> Result<()> {
+    let Some(unit) = &now.unit else { return Ok(()) };
+    let remembered = remembered_service(state_dir);
+    let ids = match unit.scope {
+        node::Scope::User => now.ids,
+        node::Scope::System => host::run::Ids::current(),
+    };
+    let done = host::run::as_user(ids, || {
+        let mut done = service::restore(home, &remembered)?;
+        if home.entry != now.entry || home.node_bin != now.node_bin {
+            if let Some(file) = service::point(now)? {
+                done.push(format!("{} points the service at {}", file.display(), now.package_dir.display()));
+            }
+        } else {
+            service::unpoint(now)?;
+        }
+        Ok(done)
+    })?;
+    report.done.extend(done);
+    Ok(())
+}
+
+/// The service's files as they were when the node last served.
+fn remembered_service(state_dir: &Path) -> Vec<service::Remembered> {
+    let bytes = host::files::read_bounded(&state_dir.join(SERVICE), SERVICE_LIMIT_BYTES);
+    // What cannot be read is not remembered: then the unit is made anew.
+    bytes.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()
+}
+
+/// Remembers the service's files; to be called while the node serves.
+///
+/// # Errors
+/// When they cannot be written down.
+pub fn remember_service(node: &Node, state_dir: &Path) -> Result<()> {
+    let files = service::remember(node);
+    // A unit that is gone while the node serves is no reason to forget it.
+    if files.is_empty() || files == remembered_service(state_dir) {
+        return Ok(());
+    }
+    let text = serde_json::to_vec(&files).map_err(|e| Error::new(Kind::System, "remember the service", e))?;
+    host::files::write_atomic(&state_dir.join(SERVICE), &text, 0o600)
+}
+
+/// Notes that a proven program lies in place, where somebody else put it there: what lies there now is what it is.
+///
+/// # Errors
+/// When it cannot be read or written down.
+pub fn note_installed(node: &Node, version: &str, state_dir: &Path) -> Result<()> {
+    Proof::of(&node.package_dir, version)?.save(state_dir)
+}
+
+/// `<prefix>/bin/openclaw`, as npm makes it.
+fn link(target: &Node) -> Result<()> {
+    use host::Context;
+    let dir = target.prefix.join("bin");
+    let link = dir.join("openclaw");
+    let to = match target.package_dir.strip_prefix(&target.prefix) {
+        Ok(below) => Path::new("..").join(below).join("openclaw.mjs"),
+        Err(_) => target.package_dir.join("openclaw.mjs"),
+    };
+    let what = || format!("link {}", link.display());
+    if std::fs::read_link(&link).is_ok_and(|now| now == to) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(&dir).context(what)?;
+    let fresh = dir.join(format!(".koboshi-link-{}", std::process::id()));
+    let _ = std::fs::remove_file(&fresh);
+    std::os::unix::fs::symlink(&to, &fresh).context(what)?;
+    std::fs::rename(&fresh, &link).context(what)
+}

@@ -60,9 +60,26 @@ impl Tools {
             }
         };
         let npm = dir.join("npm");
-        fetch(registry, "npm", NPM_LINE, &cache, &npm, deadline)?;
-        Ok(Tools { node, npm: npm.join("bin/npm-cli.js"), fetched })
+        let npm = match fetch(registry, "npm", NPM_LINE, &cache, &npm, deadline) {
+            Ok(_) => npm.join("bin/npm-cli.js"),
+            // Whatever npm came with the node's Node: it only has to resolve.
+            Err(e) => match beside(&target.node_bin) {
+                Some(own) => {
+                    report.did(format!("the npm beside Node is used: {}", e.why));
+                    own
+                }
+                None => return Err(e),
+            },
+        };
+        Ok(Tools { node, npm, fetched })
     }
+}
+
+/// The npm that was installed together with a Node.
+fn beside(node_bin: &Path) -> Option<PathBuf> {
+    let real = node_bin.canonicalize().ok()?;
+    let npm = real.parent()?.parent()?.join("lib/node_modules/npm/bin/npm-cli.js");
+    npm.is_file().then_some(npm)
 }
 
 /// The node's own runtime; a copy of it where the builder cannot reach it (root's own home lets nobody through).

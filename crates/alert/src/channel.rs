@@ -16,6 +16,8 @@ const SECRET_LIMIT_BYTES: usize = 4_096;
 const NAME_LIMIT_BYTES: usize = 64;
 /// The file in the owner's home that tells what nobody could be told otherwise.
 const HOME_FILE: &str = "koboshi-alerts.txt";
+/// Where journald takes entries in its own protocol.
+const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
 /// The same beside koboshi's own state, where it exists even when the home does not.
 const STATE_FILE: &str = "alerts.txt";
 
@@ -152,8 +154,16 @@ pub enum Channel {
     Ntfy(Ntfy),
     /// A Telegram bot, or anything that speaks the same `sendMessage`.
     Telegram(Telegram),
+    /// A Discord webhook, or a bot that writes to a channel or a user.
+    Discord(Discord),
+    /// A Slack webhook, or a bot that writes to a channel or a user.
+    Slack(Slack),
     /// Lines at the end of a local file.
     File(LocalFile),
+    /// The host's journal.
+    Journald(Journald),
+    /// The terminals of whoever is logged in; emergencies only.
+    Wall(Wall),
 }
 
 /// A JSON object by POST.
@@ -196,8 +206,8 @@ pub struct Telegram {
     /// Name shown in status; default `telegram`.
     pub name: Option<String>,
     /// The API server.
-    #[serde(default = "telegram_server")]
-    pub base_url: Address,
+    #[serde(default = "telegram_server", alias = "base_url")]
+    pub api_root: Address,
     /// The bot's token.
     pub token: Secret,
     /// Numeric id of the chat, or `@channel`.
@@ -205,6 +215,67 @@ pub struct Telegram {
     /// Allow the token over plain HTTP to another machine.
     #[serde(default)]
     pub plain_http: bool,
+}
+
+/// A Discord webhook by its address, or a bot by its token and whom it writes to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Discord {
+    /// Name shown in status; default `discord`.
+    pub name: Option<String>,
+    /// The webhook's address.
+    pub url: Option<Address>,
+    /// The bot's token.
+    pub token: Option<Secret>,
+    /// Numeric id of the channel the bot writes to.
+    pub channel_id: Option<String>,
+    /// Numeric id of the user the bot writes to.
+    pub user_id: Option<String>,
+    /// The API server of the bot.
+    #[serde(default = "discord_server")]
+    pub api_root: Address,
+    /// Allow address and token over plain HTTP to another machine.
+    #[serde(default)]
+    pub plain_http: bool,
+}
+
+/// A Slack webhook by its address, or a bot by its token and where it writes to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slack {
+    /// Name shown in status; default `slack`.
+    pub name: Option<String>,
+    /// The webhook's address.
+    pub url: Option<Address>,
+    /// The bot's token.
+    pub token: Option<Secret>,
+    /// Id of the channel or user the bot writes to.
+    pub channel: Option<String>,
+    /// The API server of the bot.
+    #[serde(default = "slack_server")]
+    pub api_root: Address,
+    /// Allow address and token over plain HTTP to another machine.
+    #[serde(default)]
+    pub plain_http: bool,
+}
+
+/// The host's journal, by its native socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Journald {
+    /// Name shown in status; default `journald`.
+    pub name: Option<String>,
+    /// The socket.
+    #[serde(default = "journal_socket")]
+    pub socket: PathBuf,
+}
+
+/// The terminals of whoever is logged in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wall {
+    /// Name shown in status; default `wall`.
+    pub name: Option<String>,
 }
 
 /// Lines in a file.
@@ -225,6 +296,18 @@ fn telegram_server() -> Address {
     Address("https://api.telegram.org".to_owned())
 }
 
+fn discord_server() -> Address {
+    Address("https://discord.com/api/v10".to_owned())
+}
+
+fn slack_server() -> Address {
+    Address("https://slack.com/api".to_owned())
+}
+
+fn journal_socket() -> PathBuf {
+    PathBuf::from(JOURNAL_SOCKET)
+}
+
 impl Channel {
     /// The name shown in status and used to remember which channel accepted what.
     #[must_use]
@@ -233,7 +316,11 @@ impl Channel {
             Channel::Webhook(c) => (&c.name, "webhook"),
             Channel::Ntfy(c) => (&c.name, "ntfy"),
             Channel::Telegram(c) => (&c.name, "telegram"),
+            Channel::Discord(c) => (&c.name, "discord"),
+            Channel::Slack(c) => (&c.name, "slack"),
             Channel::File(c) => (&c.name, "file"),
+            Channel::Journald(c) => (&c.name, "journald"),
+            Channel::Wall(c) => (&c.name, "wall"),
         };
         name.as_deref().unwrap_or(default)
     }
@@ -242,8 +329,12 @@ impl Channel {
     #[must_use]
     pub fn is_local(&self) -> bool {
         match self {
-            Channel::File(_) => true,
-            Channel::Webhook(_) | Channel::Ntfy(_) | Channel::Telegram(_) => false,
+            Channel::File(_) | Channel::Journald(_) | Channel::Wall(_) => true,
+            Channel::Webhook(_)
+            | Channel::Ntfy(_)
+            | Channel::Telegram(_)
+            | Channel::Discord(_)
+            | Channel::Slack(_) => false,
         }
     }
 
@@ -253,8 +344,12 @@ impl Channel {
         match self {
             Channel::Webhook(c) => c.url.to_string(),
             Channel::Ntfy(c) => c.url.to_string(),
-            Channel::Telegram(c) => c.base_url.to_string(),
+            Channel::Telegram(c) => c.api_root.to_string(),
+            Channel::Discord(c) => c.url.as_ref().unwrap_or(&c.api_root).to_string(),
+            Channel::Slack(c) => c.url.as_ref().unwrap_or(&c.api_root).to_string(),
             Channel::File(c) => c.path.display().to_string(),
+            Channel::Journald(c) => c.socket.display().to_string(),
+            Channel::Wall(_) => "whoever is logged in".to_owned(),
         }
     }
 
@@ -262,19 +357,44 @@ impl Channel {
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let mut h = blake3::Hasher::new_derive_key("koboshi alert channel");
-        let parts: [&[u8]; 5] = match self {
-            Channel::Webhook(c) => [b"webhook", c.url.0.as_bytes(), secret(c.token.as_ref()), b"", b""],
+        let address = |a: &Option<Address>| a.as_ref().map_or(Vec::new(), |a| a.0.as_bytes().to_vec());
+        let text = |t: &Option<String>| t.as_ref().map_or(Vec::new(), |t| t.as_bytes().to_vec());
+        let secret = |s: &Option<Secret>| s.as_ref().map_or(Vec::new(), |s| s.0.as_bytes().to_vec());
+        let parts: Vec<Vec<u8>> = match self {
+            Channel::Webhook(c) => vec![b"webhook".to_vec(), c.url.0.clone().into(), secret(&c.token)],
             Channel::Ntfy(c) => {
-                [b"ntfy", c.url.0.as_bytes(), c.topic.0.as_bytes(), secret(c.token.as_ref()), b""]
+                vec![b"ntfy".to_vec(), c.url.0.clone().into(), c.topic.0.clone().into(), secret(&c.token)]
             }
-            Channel::Telegram(c) => {
-                [b"telegram", c.base_url.0.as_bytes(), c.token.0.as_bytes(), c.chat_id.as_bytes(), b""]
+            Channel::Telegram(c) => vec![
+                b"telegram".to_vec(),
+                c.api_root.0.clone().into(),
+                c.token.0.clone().into(),
+                c.chat_id.clone().into(),
+            ],
+            Channel::Discord(c) => vec![
+                b"discord".to_vec(),
+                address(&c.url),
+                secret(&c.token),
+                text(&c.channel_id),
+                text(&c.user_id),
+                c.api_root.0.clone().into(),
+            ],
+            Channel::Slack(c) => vec![
+                b"slack".to_vec(),
+                address(&c.url),
+                secret(&c.token),
+                text(&c.channel),
+                c.api_root.0.clone().into(),
+            ],
+            Channel::File(c) => vec![b"file".to_vec(), c.path.as_os_str().as_encoded_bytes().to_vec()],
+            Channel::Journald(c) => {
+                vec![b"journald".to_vec(), c.socket.as_os_str().as_encoded_bytes().to_vec()]
             }
-            Channel::File(c) => [b"file", c.path.as_os_str().as_encoded_bytes(), b"", b"", b""],
+            Channel::Wall(_) => vec![b"wall".to_vec()],
         };
         for part in parts {
             h.update(&(part.len() as u64).to_le_bytes());
-            h.update(part);
+            h.update(&part);
         }
         h.finalize().to_hex()[..16].to_owned()
     }
@@ -297,15 +417,44 @@ impl Channel {
                 if c.token.0.contains(['/', '?', '#', '%']) {
                     return Err(format!("channel `{name}`: this is not a bot token"));
                 }
-                (&c.base_url, !c.plain_http)
+                (&c.api_root, !c.plain_http)
             }
-            Channel::File(c) => {
-                return if c.path.is_absolute() {
+            Channel::Discord(c) => {
+                let numeric = |id: &String| !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit());
+                let ids = [&c.channel_id, &c.user_id];
+                match (&c.url, &c.token) {
+                    (Some(url), None) if ids.iter().all(|id| id.is_none()) => (url, !c.plain_http),
+                    (None, Some(_))
+                        if ids.iter().filter(|id| id.is_some()).count() == 1
+                            && ids.into_iter().flatten().all(numeric) =>
+                    {
+                        (&c.api_root, !c.plain_http)
+                    }
+                    _ => {
+                        return Err(format!(
+                            "channel `{name}`: give either url, or token with channel_id or user_id (a number)"
+                        ));
+                    }
+                }
+            }
+            Channel::Slack(c) => {
+                let sound = |id: &str| !id.is_empty() && id.bytes().all(|b| b.is_ascii_graphic());
+                match (&c.url, &c.token, &c.channel) {
+                    (Some(url), None, None) => (url, !c.plain_http),
+                    (None, Some(_), Some(to)) if sound(to) => (&c.api_root, !c.plain_http),
+                    _ => {
+                        return Err(format!("channel `{name}`: give either url, or token with channel"));
+                    }
+                }
+            }
+            Channel::File(LocalFile { path, .. }) | Channel::Journald(Journald { socket: path, .. }) => {
+                return if path.is_absolute() {
                     Ok(())
                 } else {
                     Err(format!("channel `{name}`: path must be absolute"))
                 };
             }
+            Channel::Wall(_) => return Ok(()),
         };
         if exposed && !address.is_tls() && !address.is_loopback() {
             return Err(format!(
@@ -314,10 +463,6 @@ impl Channel {
         }
         Ok(())
     }
-}
-
-fn secret(s: Option<&Secret>) -> &[u8] {
-    s.map_or(&[], |s| s.0.as_bytes())
 }
 
 /// Checks all channels of a configuration together: each by itself, their number, their names.
@@ -337,13 +482,21 @@ pub fn check(channels: &[Channel]) -> Result<(), String> {
     Ok(())
 }
 
-/// The channels that need no configuration: a file in koboshi's state directory and one in the owner's home.
-/// The journal is the third: the caller prints [`crate::Message::lines`] of what it puts into the outbox.
+/// The channels that need no configuration: a file in koboshi's state directory, one in the owner's home, and the
+/// host's journal where there is one. `alone`: no channel leads off this machine, so that an emergency is written on
+/// every terminal as well.
 #[must_use]
-pub fn local_channels(state_dir: &Path, home: Option<&Path>) -> Vec<Channel> {
+pub fn local_channels(state_dir: &Path, home: Option<&Path>, alone: bool) -> Vec<Channel> {
     let file = |name: &str, path| Channel::File(LocalFile { name: Some(name.to_owned()), path });
     let mut out = vec![file("state-file", state_dir.join(STATE_FILE))];
     out.extend(home.map(|h| file("home-file", h.join(HOME_FILE))));
+    let socket = journal_socket();
+    if socket.exists() {
+        out.push(Channel::Journald(Journald { name: None, socket }));
+    }
+    if alone {
+        out.push(Channel::Wall(Wall { name: None }));
+    }
     out
 }
 
@@ -362,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn the_three_kinds_read_from_the_configuration() {
+    fn every_kind_reads_from_the_configuration() {
         let all = read(
             r#"
             [[alert]]
@@ -378,8 +531,22 @@ mod tests {
             token = "123:secretbot"
             chat_id = "-100200"
             [[alert]]
+            kind = "discord"
+            url = "https://discord.example/api/webhooks/1/secretpath"
+            [[alert]]
+            kind = "discord"
+            name = "bot"
+            token = "secretbot"
+            user_id = "42"
+            [[alert]]
+            kind = "slack"
+            token = "xoxb-secret"
+            channel = "C1"
+            [[alert]]
             kind = "file"
             path = "/var/log/koboshi.txt"
+            [[alert]]
+            kind = "journald"
             "#,
         )
         .unwrap();
@@ -387,8 +554,18 @@ mod tests {
         for channel in &all {
             assert_eq!(&toml::from_str::<Channel>(&toml::to_string(channel).unwrap()).unwrap(), channel);
         }
-        assert_eq!(all.iter().map(Channel::name).collect::<Vec<_>>(), ["webhook", "ntfy", "phone", "file"]);
-        assert_eq!(all.iter().map(Channel::is_local).collect::<Vec<_>>(), [false, false, false, true]);
+        assert_eq!(
+            all.iter().map(Channel::name).collect::<Vec<_>>(),
+            ["webhook", "ntfy", "phone", "discord", "bot", "slack", "file", "journald"]
+        );
+        assert_eq!(
+            all.iter().map(Channel::is_local).collect::<Vec<_>>(),
+            [false, false, false, false, false, false, true, true]
+        );
+        let mut marks: Vec<String> = all.iter().map(Channel::fingerprint).collect();
+        marks.sort();
+        marks.dedup();
+        assert_eq!(marks.len(), all.len());
         let shown = format!("{all:?} {}", all.iter().map(Channel::target).collect::<String>());
         assert!(!shown.contains("secret") || !shown.replace("(secret)", "").contains("secret"), "{shown}");
     }

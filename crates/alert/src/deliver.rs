@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// One attempt gets no longer: the emergency's whole reserve is twice this.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(15);
+/// Channels served in one pass: the configured ones, as many borrowed from the node, and those on this machine.
+const PASS_LIMIT: usize = 2 * CHANNEL_LIMIT + 4;
 /// Messages per channel and pass: chat services throttle senders that pour.
 const BURST_LIMIT: usize = 32;
 /// After so many refusals in one pass the fault is the channel's, not the messages'.
@@ -84,8 +86,14 @@ pub fn deliver(outbox: &mut Outbox, channels: &[Channel], deadline: Deadline) ->
 }
 
 /// Sends one test message through one channel, past the outbox. Why not, in one line, on failure.
-pub fn test(outbox: &Outbox, channel: &Channel, facts: &Facts, deadline: Deadline) -> Result<(), String> {
-    let message = Message::new(Kind::Notice(Notice::Test), facts, Language::default());
+pub fn test(
+    outbox: &Outbox,
+    channel: &Channel,
+    facts: &Facts,
+    language: Language,
+    deadline: Deadline,
+) -> Result<(), String> {
+    let message = Message::new(Kind::Notice(Notice::Test), facts, language);
     let client = if channel.is_local() { None } else { Some(Client::from_env().map_err(|e| e.to_string())?) };
     match send(client.as_ref(), channel, &message, deadline.min(Deadline::after(ATTEMPT_LIMIT))) {
         Sent::Accepted => {
@@ -110,7 +118,7 @@ pub(crate) fn deliver_with(
     now: Moment,
     deadline: Deadline,
 ) -> Delivery {
-    let channels = &channels[..channels.len().min(CHANNEL_LIMIT)];
+    let channels = &channels[..channels.len().min(PASS_LIMIT)];
     let mut entries = outbox.load();
     let mut delivery = Delivery::default();
     let work: Vec<Vec<(String, Message)>> =
@@ -245,3 +253,7 @@ fn next_ms(entry: &Entry, channels: &[Channel], outbox: &Outbox, now: Moment) ->
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "tests_tls.rs"]
+mod tests_tls;

@@ -7,15 +7,19 @@
 //! the one table in [`text`]; what is queued on disk is what will be sent.
 //!
 //! Order of the house: [`text`] makes a [`Message`], [`outbox`] keeps it, [`channel`] knows how each receiver
-//! wants to be spoken to, [`deliver`](mod@deliver) brings the two together under one deadline.
+//! wants to be spoken to, [`deliver`](mod@deliver) brings the two together under one deadline. [`respond`] is the
+//! voice on the gateway's own port while an emergency holds.
 
 pub mod channel;
 pub mod deliver;
+mod local;
 pub mod outbox;
+pub mod respond;
 mod send;
 pub mod text;
 
-pub use channel::{Channel, Secret, local_channels};
+pub use channel::{Address, Channel, Secret, local_channels};
 pub use deliver::{Delivery, Receipt, Refusal, deliver, test};
 pub use outbox::{Kept, Outbox, Put};
+pub use send::heartbeat;
 pub use text::{Facts, Kind, Language, Message, Notice, Severity};

@@ -111,7 +111,8 @@ fn talk(
     seen.lock().unwrap().push(Request {
         line: head.first().cloned().unwrap_or_default(),
         headers: head.concat().to_lowercase(),
-        body: serde_json::from_slice(&body).unwrap(),
+        // A heartbeat has none.
+        body: serde_json::from_slice(&body).unwrap_or(Value::Null),
     });
     let manner = manner.lock().unwrap().clone();
     let answer = |status: &str, body: &str| {
@@ -146,7 +147,7 @@ fn talk(
     Ok(())
 }
 
-fn client() -> Client {
+pub(super) fn client() -> Client {
     let options = Options {
         proxies: Proxies::default(),
         only_ca_pem: vec![],
@@ -168,7 +169,7 @@ fn webhook(name: &str, server: &Server) -> Channel {
     ))
 }
 
-fn message(kind: Kind, incident: &str) -> Message {
+pub(super) fn message(kind: Kind, incident: &str) -> Message {
     let facts = Facts {
         node: "main".into(),
         host: "attic".into(),
@@ -535,7 +536,10 @@ fn local_files_are_written_bounded_and_never_through_a_planted_link() {
     let home = dir.path().canonicalize().unwrap();
     let state = home.join("state");
     std::fs::create_dir(&state).unwrap();
-    let channels = local_channels(&state, Some(&home));
+    let channels = local_channels(&state, Some(&home), false)
+        .into_iter()
+        .filter(|c| matches!(c, Channel::File(_)))
+        .collect::<Vec<_>>();
     let mut outbox = Outbox::open(&home.join("outbox")).unwrap();
     queue(&mut outbox, Kind::Opening, "i1");
     let d = deliver_with(&mut outbox, &channels, None, clock::now(), Deadline::after(Duration::from_secs(5)));
@@ -613,10 +617,113 @@ fn a_test_message_proves_a_channel_or_says_why_not() {
     let channel = webhook("hook", &server);
     let outbox = Outbox::open(dir.path()).unwrap();
     let facts = Facts { node: "main".into(), host: "attic".into(), at: "t0".into(), ..Facts::default() };
-    let why = test(&outbox, &channel, &facts, Deadline::after(Duration::from_secs(5))).unwrap_err();
+    let why = test(&outbox, &channel, &facts, Language::English, Deadline::after(Duration::from_secs(5)))
+        .unwrap_err();
     assert!(why.contains("403"), "{why}");
     assert_eq!(outbox.proven(&channel), None);
     server.turn(Manner::Answer("200 OK", ""));
-    test(&outbox, &channel, &facts, Deadline::after(Duration::from_secs(5))).unwrap();
+    test(&outbox, &channel, &facts, Language::English, Deadline::after(Duration::from_secs(5))).unwrap();
     assert_eq!(outbox.proven(&channel).as_deref(), Some("t0"));
+}
+
+#[test]
+fn discord_and_slack_are_spoken_to_in_their_own_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let (hook, bot) = (
+        Server::new(Manner::Answer("204 No Content", "")),
+        Server::new(Manner::Answer("200 OK", r#"{"id":"99"}"#)),
+    );
+    let (shook, sbot) = (
+        Server::new(Manner::Answer("200 OK", "ok")),
+        Server::new(Manner::Answer("200 OK", r#"{"ok":false,"error":"invalid_auth"}"#)),
+    );
+    let channels = [
+        channel(&format!(
+            "kind = \"discord\"\nname = \"dhook\"\nurl = \"{}/api/webhooks/1/hush\"",
+            hook.url()
+        )),
+        channel(&format!(
+            "kind = \"discord\"\nname = \"dbot\"\ntoken = \"hush\"\nuser_id = \"42\"\napi_root = \"{}/api\"",
+            bot.url()
+        )),
+        channel(&format!("kind = \"slack\"\nname = \"shook\"\nurl = \"{}/services/hush\"", shook.url())),
+        channel(&format!(
+            "kind = \"slack\"\nname = \"sbot\"\ntoken = \"hush\"\nchannel = \"U1\"\napi_root = \"{}\"",
+            sbot.url()
+        )),
+    ];
+    let facts = Facts {
+        node: "main".into(),
+        host: "attic".into(),
+        incident: "i1".into(),
+        why: "<!channel> @everyone & more".into(),
+        details: vec!["x".repeat(390); 8],
+        ..Facts::default()
+    };
+    let mut outbox = Outbox::open(dir.path()).unwrap();
+    outbox.put(&Message::new(Kind::Emergency, &facts, Language::English)).unwrap();
+    let d = pass(&mut outbox, &channels);
+    let mut names: Vec<_> = d.accepted.iter().map(|r| r.channel.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["dbot", "dhook", "shook"], "{d:?}");
+    assert!(d.refused[0].permanent && d.refused[0].why.contains("invalid_auth"), "{d:?}");
+    assert!(!format!("{d:?}").contains("hush"));
+
+    let taken = |server: &Server| std::mem::take(&mut *server.seen.lock().unwrap());
+    let seen = taken(&hook);
+    let content = seen[0].body["content"].as_str().unwrap();
+    assert!(content.chars().count() <= 2_000, "{}", content.len());
+    assert!(
+        content.starts_with("main on attic is still down") && content.ends_with("ref: i1/emergency"),
+        "{content}"
+    );
+    assert!(content.contains("koboshi incidents show i1"), "what to do survives the cut: {content}");
+    assert_eq!(seen[0].body["allowed_mentions"]["parse"], serde_json::json!([]));
+    let seen = taken(&bot);
+    let lines: Vec<_> = seen.iter().map(|r| r.line.trim_end().to_owned()).collect();
+    assert_eq!(
+        lines,
+        ["POST /api/users/@me/channels HTTP/1.1", "POST /api/channels/99/messages HTTP/1.1"],
+        "{lines:?}"
+    );
+    assert_eq!(seen[0].body["recipient_id"], "42");
+    assert!(seen.iter().all(|r| r.headers.contains("authorization: bot hush")), "{}", seen[0].headers);
+    assert!(seen[1].body["enforce_nonce"] == true && seen[1].body["nonce"].as_str().unwrap().len() <= 25);
+    let seen = taken(&shook);
+    let text = seen[0].body["text"].as_str().unwrap();
+    assert!(text.contains("&lt;!channel&gt; @everyone &amp; more"), "{text}");
+    let seen = taken(&sbot);
+    assert!(seen[0].line.starts_with("POST /chat.postMessage "), "{}", seen[0].line);
+    assert!(seen[0].headers.contains("authorization: bearer hush") && seen[0].body["channel"] == "U1");
+    for (said, accepted) in
+        [(r#"{"ok":true}"#, true), (r#"{"ok":false,"error":"ratelimited"}"#, false), ("<html>", false)]
+    {
+        sbot.turn(Manner::Answer("200 OK", said));
+        let d = pass_at(&mut outbox, &channels[3..], much_later());
+        assert_eq!(d.accepted.len() == 1, accepted, "{said}: {d:?}");
+        assert!(d.refused.iter().all(|r| !r.permanent), "{said}: {d:?}");
+        outbox = Outbox::open(tempfile::tempdir().unwrap().path()).unwrap();
+        outbox.put(&Message::new(Kind::Emergency, &facts, Language::English)).unwrap();
+    }
+    // Told to wait in the body alone.
+    bot.turn(Manner::Answer("429 Too Many Requests", r#"{"retry_after":64.5}"#));
+    let d = pass_at(&mut outbox, &channels[1..2], clock::now());
+    let wait = d.next.unwrap();
+    assert!(wait > Duration::from_secs(30) && wait <= Duration::from_secs(65), "{wait:?}");
+}
+
+#[test]
+fn a_heartbeat_is_heard_or_says_why_not_without_its_address() {
+    let server = Server::new(Manner::Answer("200 OK", "OK"));
+    let url = |s: &str| crate::channel::Address::parse(s).unwrap();
+    let beat = |url: &crate::channel::Address| {
+        crate::send::beat_with(&client(), url, Deadline::after(Duration::from_secs(2)))
+    };
+    beat(&url(&format!("{}/hush", server.url()))).unwrap();
+    server.turn(Manner::Answer("404 Not Found", ""));
+    let why = beat(&url(&format!("{}/hush", server.url()))).unwrap_err();
+    assert!(why.contains("404") && !why.contains("hush"), "{why}");
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let why = beat(&url(&format!("http://127.0.0.1:{port}/hush"))).unwrap_err();
+    assert!(!why.is_empty() && !why.contains("hush"), "{why}");
 }

@@ -2,7 +2,8 @@
 //! words everywhere and another language is one more arm.
 //!
 //! A message is one line of what happened, one of why, one of what to do. A closing message always ends with
-//! how to undo the recovery and how to keep koboshi's hands off.
+//! how to undo the recovery and how to keep koboshi's hands off. What the judge and the layers found is told in their
+//! own words, which are English, inside the sentence of the table.
 
 use engine::words::Layer;
 use serde::{Deserialize, Serialize};
@@ -18,11 +19,32 @@ const DETAIL_LIMIT: usize = 8;
 
 /// The languages of the table. Adding one makes the compiler ask for every sentence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub enum Language {
     /// English.
     #[default]
+    #[serde(rename = "en")]
     English,
+    /// Japanese.
+    #[serde(rename = "ja")]
+    Japanese,
+}
+
+impl Language {
+    /// The language of this process's environment, as programs choose it: `LC_ALL`, then `LC_MESSAGES`, then `LANG`.
+    #[must_use]
+    pub fn of_env() -> Language {
+        let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+        let locale = set("LC_ALL").or_else(|| set("LC_MESSAGES")).or_else(|| set("LANG"));
+        Language::of_locale(locale.as_deref().unwrap_or_default())
+    }
+
+    /// `ja`, `ja_JP.UTF-8` and the like are Japanese; everything else is English.
+    fn of_locale(locale: &str) -> Language {
+        match locale.split(['_', '.', '@', '-']).next() {
+            Some("ja" | "japanese") => Language::Japanese,
+            Some(_) | None => Language::English,
+        }
+    }
 }
 
 /// What a message is. Opening, emergency and closing belong to an incident and are never dropped.
@@ -196,10 +218,10 @@ pub struct Facts {
     pub layer: Option<Layer>,
     /// Milliseconds without service, for a closing message; 0 when it never stopped serving.
     pub down_ms: f64,
-    /// The node serves, or never stopped serving: an opening tells of damage then, and a closing of its end.
+    /// The node serves and has never stopped: an opening then tells of damage, a closing of its repair.
     pub serves: bool,
-    /// The command that puts back what the recovery replaced; `None` when it replaced nothing.
-    pub undo: Option<String>,
+    /// Where what the recovery replaced lies now; `None` when it replaced nothing.
+    pub replaced: Option<String>,
     /// What to do, where the table's own advice is not enough (one line, usually a command).
     pub advice: Option<String>,
 }
@@ -230,14 +252,13 @@ impl Message {
     /// Renders the event in a language. Every length is bounded here, once.
     #[must_use]
     pub fn new(kind: Kind, facts: &Facts, language: Language) -> Message {
-        let (title, advice) = sentences(language, kind, facts.serves);
+        let words = words(kind, facts.serves).of(language);
         let mut lines = Vec::new();
         if kind == Kind::Closing {
             lines.push(healed(language, facts.layer, facts.down_ms));
         }
-        if !facts.why.is_empty() {
-            let why = one_line(&facts.why, FACT_LIMIT_CHARS);
-            lines.push(if kind == Kind::Closing { was(language, &why) } else { why });
+        if !facts.why.is_empty() || !words.why.contains("{why}") {
+            lines.push(fill(words.why, facts));
         }
         lines.extend(
             facts.details.iter().take(DETAIL_LIMIT).map(|d| format!("- {}", one_line(d, FACT_LIMIT_CHARS))),
@@ -251,9 +272,9 @@ impl Message {
         if let Some(own) = &facts.advice {
             last.push(one_line(own, FACT_LIMIT_CHARS));
         }
-        last.extend(advice.iter().map(|a| fill(a, facts)));
+        last.extend(words.then.iter().map(|line| fill(line, facts)));
         if kind == Kind::Closing {
-            last.push(undo(language, facts.undo.as_deref()));
+            last.push(undo(language, facts));
             last.push(pause(language).to_owned());
         }
         let last = last.join("\n");
@@ -267,9 +288,14 @@ impl Message {
             host: one_line(&facts.host, FACT_LIMIT_CHARS),
             incident: one_line(&facts.incident, FACT_LIMIT_CHARS),
             at: one_line(&facts.at, FACT_LIMIT_CHARS),
-            title: one_line(&fill(title, facts), TITLE_LIMIT_CHARS),
+            title: one_line(&fill(words.what, facts), TITLE_LIMIT_CHARS),
             text,
         }
+    }
+
+    /// One fact as one short line.
+    pub(crate) fn short(fact: &str) -> String {
+        one_line(fact, FACT_LIMIT_CHARS)
     }
 
     /// The message as lines for a journal or a terminal: the title with its time, then the text indented.
@@ -287,135 +313,358 @@ impl Message {
     }
 }
 
-/// The table: a title and lines of advice per kind. `{node}`, `{host}` and `{incident}` are filled in.
-fn sentences(language: Language, kind: Kind, serves: bool) -> (&'static str, &'static [&'static str]) {
-    match language {
-        Language::English => match kind {
-            Kind::Opening if serves => (
-                "{node} on {host} is damaged on disk; it still serves",
-                &["koboshi is putting it right. You need not do anything."],
-            ),
-            Kind::Closing if serves => ("{node} on {host} is whole again", &[]),
-            Kind::Opening => {
-                ("{node} on {host} is down", &["koboshi is putting it right. You need not do anything."])
-            }
-            Kind::Emergency => (
-                "{node} on {host} is still down: every way of recovery has failed",
-                &[
+/// One kind of message in one language. `{node}`, `{host}`, `{incident}` and `{why}` are filled in.
+struct Words {
+    /// One line of what happened: the title.
+    what: &'static str,
+    /// One line of why.
+    why: &'static str,
+    /// What to do, or that there is nothing to do.
+    then: &'static [&'static str],
+}
+
+/// The same in every language of the table.
+struct Row {
+    en: Words,
+    ja: Words,
+}
+
+impl Row {
+    fn of(self, language: Language) -> Words {
+        match language {
+            Language::English => self.en,
+            Language::Japanese => self.ja,
+        }
+    }
+}
+
+/// The why of most kinds: what the judge or the layer said.
+const WHY_EN: &str = "Why: {why}";
+const WHY_JA: &str = "理由: {why}";
+
+/// The table. `serves`: see [`Facts::serves`].
+fn words(kind: Kind, serves: bool) -> Row {
+    match kind {
+        Kind::Opening if serves => Row {
+            en: Words {
+                what: "{node} on {host} is damaged and still serves",
+                why: WHY_EN,
+                then: &["koboshi is putting it right while it serves. You need not do anything."],
+            },
+            ja: Words {
+                what: "{host} の {node} に破損がありますが、稼働は続いています",
+                why: WHY_JA,
+                then: &["koboshi が稼働させたまま修復しています。操作は必要ありません。"],
+            },
+        },
+        Kind::Closing if serves => Row {
+            en: Words { what: "{node} on {host} is whole again", why: WHY_EN, then: &[] },
+            ja: Words { what: "{host} の {node} の破損を修復しました", why: WHY_JA, then: &[] },
+        },
+        Kind::Opening => Row {
+            en: Words {
+                what: "{node} on {host} is down",
+                why: WHY_EN,
+                then: &["koboshi is putting it right. You need not do anything."],
+            },
+            ja: Words {
+                what: "{host} の {node} が停止しています",
+                why: WHY_JA,
+                then: &["koboshi が復旧しています。操作は必要ありません。"],
+            },
+        },
+        Kind::Emergency => Row {
+            en: Words {
+                what: "{node} on {host} is still down: every way of recovery has failed",
+                why: WHY_EN,
+                then: &[
                     "koboshi holds on and tries again by itself, at once when something changes.",
                     "What was tried and why it failed: koboshi incidents show {incident}",
                 ],
-            ),
-            Kind::Closing => ("{node} on {host} serves again", &[]),
-            Kind::Notice(n) => notice_in_english(n),
+            },
+            ja: Words {
+                what: "{host} の {node} はまだ停止しています: すべての復旧手段が失敗しました",
+                why: WHY_JA,
+                then: &[
+                    "koboshi は自動で再試行を続けます。状況が変わればすぐに試します。",
+                    "試したことと失敗の理由: koboshi incidents show {incident}",
+                ],
+            },
+        },
+        Kind::Closing => Row {
+            en: Words { what: "{node} on {host} serves again", why: WHY_EN, then: &[] },
+            ja: Words { what: "{host} の {node} が再び稼働しています", why: WHY_JA, then: &[] },
+        },
+        Kind::Notice(notice) => notice_words(notice),
+    }
+}
+
+fn notice_words(notice: Notice) -> Row {
+    match notice {
+        Notice::BackupStale => Row {
+            en: Words {
+                what: "{node} on {host} has no recent good backup",
+                why: WHY_EN,
+                then: &["Why, and how to mend it: koboshi doctor. Take one now: koboshi snapshot create"],
+            },
+            ja: Words {
+                what: "{host} の {node} に新しい正常なバックアップがありません",
+                why: WHY_JA,
+                then: &["原因と直し方: koboshi doctor。今すぐ取得: koboshi snapshot create"],
+            },
+        },
+        Notice::StoreDamaged => Row {
+            en: Words {
+                what: "part of a backup of {node} on {host} is lost",
+                why: WHY_EN,
+                then: &[
+                    "A new one is taken by itself. What is damaged: koboshi snapshot verify. If it comes back, look at the disk.",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node} のバックアップの一部が失われました",
+                why: WHY_JA,
+                then: &[
+                    "新しいバックアップは自動で取得されます。破損の内容: koboshi snapshot verify。繰り返す場合はディスクを確認してください。",
+                ],
+            },
+        },
+        Notice::LeftAlone => Row {
+            en: Words {
+                what: "{node} on {host} was left as it is",
+                why: WHY_EN,
+                then: &["To have it put right all the same: koboshi recover"],
+            },
+            ja: Words {
+                what: "{host} の {node} はそのままにしてあります",
+                why: WHY_JA,
+                then: &["それでも復旧させるには: koboshi recover"],
+            },
+        },
+        Notice::NotMended => Row {
+            en: Words {
+                what: "{node} on {host} serves, but damage on its disk could not be mended",
+                why: WHY_EN,
+                then: &[
+                    "It is no outage: nothing is interrupted for it. koboshi tries again by itself, at once when something \
+                     changes (a good snapshot, for example).",
+                    "What was tried and why it failed: koboshi incidents show {incident}",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node} は稼働中ですが、ディスク上の破損を修復できませんでした",
+                why: WHY_JA,
+                then: &[
+                    "停止はしていません。稼働を中断することもありません。koboshi は自動で再試行し、状況が変われば (正常なスナップショットなど) \
+                     直ちに再試行します。",
+                    "試したことと失敗の理由: koboshi incidents show {incident}",
+                ],
+            },
+        },
+        Notice::StoppedByOwner => Row {
+            en: Words {
+                what: "{node} on {host} was stopped on purpose and stays down",
+                why: WHY_EN,
+                then: &["To start it and have it guarded again: koboshi node start"],
+            },
+            ja: Words {
+                what: "{host} の {node} は意図的に停止されたため、停止したままにします",
+                why: WHY_JA,
+                then: &["起動して再び見守らせるには: koboshi node start"],
+            },
+        },
+        Notice::StartedAgain => Row {
+            en: Words {
+                what: "{node} on {host} was stopped and has been started again",
+                why: WHY_EN,
+                then: &["A second stop within the hour is obeyed. To stop it for good: koboshi node stop"],
+            },
+            ja: Words {
+                what: "{host} の {node} は停止されましたが、再び起動しました",
+                why: WHY_JA,
+                then: &[
+                    "1 時間以内にもう一度停止すればそのままにします。完全に停止するには: koboshi node stop",
+                ],
+            },
+        },
+        Notice::RepairedInPlace => Row {
+            en: Words {
+                what: "{node} on {host} was damaged on disk and repaired while it served",
+                why: WHY_EN,
+                then: &["What was replaced and where it lies now: koboshi incidents show {incident}"],
+            },
+            ja: Words {
+                what: "{host} の {node} のディスク上の破損を、稼働させたまま修復しました",
+                why: WHY_JA,
+                then: &["置き換えたものとその保管場所: koboshi incidents show {incident}"],
+            },
+        },
+        Notice::UpdateLong => Row {
+            en: Words {
+                what: "{node} on {host}: an update has been at work for long",
+                why: WHY_EN,
+                then: &[
+                    "koboshi does not interfere while the node serves. If the update is stuck, end it yourself.",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node}: 更新が長時間続いています",
+                why: WHY_JA,
+                then: &[
+                    "稼働している間 koboshi は介入しません。更新が止まっている場合は手動で終了してください。",
+                ],
+            },
+        },
+        Notice::NewBaseline => Row {
+            en: Words {
+                what: "{node} on {host} has a new baseline",
+                why: WHY_EN,
+                then: &["Older snapshots are kept. If this was not intended: koboshi snapshot list"],
+            },
+            ja: Words {
+                what: "{host} の {node} の基準が新しくなりました",
+                why: WHY_JA,
+                then: &["以前のスナップショットは残っています。意図しない変更の場合: koboshi snapshot list"],
+            },
+        },
+        Notice::FileMissing => Row {
+            en: Words {
+                what: "{node} on {host}: a file of the last backup is gone",
+                why: WHY_EN,
+                then: &[
+                    "A single missing file is taken for your own deletion. To have it back: koboshi snapshot restore",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node}: 前回のバックアップにあったファイルがなくなっています",
+                why: WHY_JA,
+                then: &["1 つだけの欠落はご自身の削除とみなします。元に戻すには: koboshi snapshot restore"],
+            },
+        },
+        Notice::Degraded => Row {
+            en: Words {
+                what: "{node} on {host} serves, but not in full",
+                why: WHY_EN,
+                then: &["It is not restarted for that. More: koboshi status"],
+            },
+            ja: Words {
+                what: "{host} の {node} は稼働していますが、完全ではありません",
+                why: WHY_JA,
+                then: &["このために再起動はしません。詳細: koboshi status"],
+            },
+        },
+        Notice::OwnSide => Row {
+            en: Words {
+                what: "koboshi on {host} cannot judge {node}",
+                why: WHY_EN,
+                then: &["The trouble is on koboshi's own side; nothing was repaired. More: koboshi doctor"],
+            },
+            ja: Words {
+                what: "{host} の koboshi は {node} の状態を判定できません",
+                why: WHY_JA,
+                then: &["問題は koboshi 側にあり、何も修復していません。詳細: koboshi doctor"],
+            },
+        },
+        Notice::JournalUnwritable => Row {
+            en: Words {
+                what: "koboshi on {host} cannot write its journal",
+                why: WHY_EN,
+                then: &[
+                    "Until it can, it only restarts {node} and repairs nothing. Free some space, then: koboshi doctor",
+                ],
+            },
+            ja: Words {
+                what: "{host} の koboshi は記録を書き込めません",
+                why: WHY_JA,
+                then: &[
+                    "書き込めるまで {node} の再起動だけを行い、修復はしません。空き容量を確保してください。その後: koboshi doctor",
+                ],
+            },
+        },
+        Notice::DiskLow => Row {
+            en: Words {
+                what: "{host} is short of space for {node}",
+                why: WHY_EN,
+                then: &[
+                    "Backups and repairs may be refused. koboshi removes only its own oldest data: koboshi doctor",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node} 用の空き容量が不足しています",
+                why: WHY_JA,
+                then: &[
+                    "バックアップや修復ができないことがあります。koboshi が消すのは自分の古いデータだけです: koboshi doctor",
+                ],
+            },
+        },
+        Notice::PauseEnded => Row {
+            en: Words {
+                what: "koboshi guards {node} on {host} again",
+                why: "Why: the pause has run out.",
+                then: &["To pause longer: koboshi pause --for 2h"],
+            },
+            ja: Words {
+                what: "koboshi は {host} の {node} の見守りを再開しました",
+                why: "理由: 一時停止の期限が切れました。",
+                then: &["さらに一時停止するには: koboshi pause --for 2h"],
+            },
+        },
+        Notice::Test => Row {
+            en: Words {
+                what: "Test from koboshi on {host}",
+                why: "Why: somebody asked for it with koboshi alert test.",
+                then: &["If you can read this, alerts about {node} reach you. You need not do anything."],
+            },
+            ja: Words {
+                what: "{host} の koboshi からのテストです",
+                why: "理由: koboshi alert test が実行されました。",
+                then: &["これが読めれば、{node} の通知は届きます。操作は必要ありません。"],
+            },
         },
     }
 }
 
-fn notice_in_english(notice: Notice) -> (&'static str, &'static [&'static str]) {
-    match notice {
-        Notice::BackupStale => (
-            "{node} on {host} has no recent good backup",
-            &["Why, and how to mend it: koboshi doctor. Take one now: koboshi snapshot create"],
-        ),
-        Notice::StoreDamaged => (
-            "part of a backup of {node} on {host} is lost",
-            &[
-                "A new one is taken by itself. What is damaged: koboshi snapshot verify. If it comes back, look at the disk.",
-            ],
-        ),
-        Notice::LeftAlone => {
-            ("{node} on {host} was left as it is", &["To have it put right all the same: koboshi recover"])
-        }
-        Notice::NotMended => (
-            "{node} on {host} serves, but damage on its disk could not be mended",
-            &[
-                "It is no outage: nothing is interrupted for it. koboshi tries again by itself, at once when something \
-                 changes (a good snapshot, for example).",
-                "What was tried and why it failed: koboshi incidents show {incident}",
-            ],
-        ),
-        Notice::StoppedByOwner => (
-            "{node} on {host} was stopped on purpose and stays down",
-            &["To start it and have it guarded again: koboshi node start"],
-        ),
-        Notice::StartedAgain => (
-            "{node} on {host} was stopped and has been started again",
-            &["A second stop within the hour is obeyed. To stop it for good: koboshi node stop"],
-        ),
-        Notice::RepairedInPlace => (
-            "{node} on {host} was damaged on disk and repaired while it served",
-            &["What was replaced and where it lies now: koboshi incidents show {incident}"],
-        ),
-        Notice::UpdateLong => (
-            "{node} on {host}: an update has been at work for long",
-            &["koboshi does not interfere while the node serves. If the update is stuck, end it yourself."],
-        ),
-        Notice::NewBaseline => (
-            "{node} on {host} has a new baseline",
-            &["Older snapshots are kept. If this was not intended: koboshi snapshot list"],
-        ),
-        Notice::FileMissing => (
-            "{node} on {host}: a file of the last backup is gone",
-            &[
-                "A single missing file is taken for your own deletion. To have it back: koboshi snapshot restore",
-            ],
-        ),
-        Notice::Degraded => (
-            "{node} on {host} serves, but not in full",
-            &["It is not restarted for that. More: koboshi status"],
-        ),
-        Notice::OwnSide => (
-            "koboshi on {host} cannot judge {node}",
-            &["The trouble is on koboshi's own side; nothing was repaired. More: koboshi doctor"],
-        ),
-        Notice::JournalUnwritable => (
-            "koboshi on {host} cannot write its journal",
-            &[
-                "Until it can, it only restarts {node} and repairs nothing. Free some space, then: koboshi doctor",
-            ],
-        ),
-        Notice::DiskLow => (
-            "{host} is short of space for {node}",
-            &["Backups and repairs may be refused. koboshi removes only its own oldest data: koboshi doctor"],
-        ),
-        Notice::PauseEnded => (
-            "koboshi guards {node} on {host} again",
-            &["The pause has run out. To pause longer: koboshi pause --for 2h"],
-        ),
-        Notice::Test => {
-            ("Test from koboshi on {host}", &["If you can read this, alerts about {node} reach you."])
-        }
-    }
-}
-
 fn healed(language: Language, layer: Option<Layer>, down_ms: f64) -> String {
+    let down = (down_ms > 0.0).then(|| span(language, down_ms));
     match language {
         Language::English => {
             let by = match layer {
                 Some(l) => format!("Healed by {l}"),
                 None => "It came back by itself".to_owned(),
             };
-            if down_ms > 0.0 {
-                format!("{by}; it was down for {}.", span(down_ms))
-            } else {
-                format!("{by}; it never stopped serving.")
+            match down {
+                Some(down) => format!("{by}; it was down for {down}."),
+                None => format!("{by}; it never stopped serving."),
+            }
+        }
+        Language::Japanese => {
+            let by = match layer {
+                Some(l) => format!("{l} により復旧しました。"),
+                None => "自然に復旧しました。".to_owned(),
+            };
+            match down {
+                Some(down) => format!("{by}停止時間は {down}です。"),
+                None => format!("{by}稼働は途切れませんでした。"),
             }
         }
     }
 }
 
-fn was(language: Language, why: &str) -> String {
-    match language {
-        Language::English => format!("It was: {why}"),
-    }
-}
-
-fn undo(language: Language, command: Option<&str>) -> String {
-    match (language, command) {
-        (Language::English, Some(c)) => format!("To undo: {}", one_line(c, FACT_LIMIT_CHARS)),
+fn undo(language: Language, facts: &Facts) -> String {
+    let place = facts.replaced.as_deref().map(|p| one_line(p, FACT_LIMIT_CHARS));
+    let incident = one_line(&facts.incident, FACT_LIMIT_CHARS);
+    match (language, place) {
+        (Language::English, Some(p)) => {
+            format!("To undo: what was replaced lies in {p}; file by file: koboshi incidents show {incident}")
+        }
         (Language::English, None) => {
             "To undo: nothing was replaced, so there is nothing to put back.".to_owned()
+        }
+        (Language::Japanese, Some(p)) => {
+            format!("元に戻すには: 置き換えたものは {p} にあります。内訳: koboshi incidents show {incident}")
+        }
+        (Language::Japanese, None) => {
+            "元に戻すには: 何も置き換えていないので、戻すものはありません。".to_owned()
         }
     }
 }
@@ -423,30 +672,40 @@ fn undo(language: Language, command: Option<&str>) -> String {
 fn pause(language: Language) -> &'static str {
     match language {
         Language::English => "To keep koboshi's hands off for a while: koboshi pause --for 2h",
+        Language::Japanese => "koboshi にしばらく手を出させないには: koboshi pause --for 2h",
     }
 }
 
 fn and_more(language: Language, count: usize) -> String {
     match language {
         Language::English => format!("- and {count} more"),
+        Language::Japanese => format!("- ほか {count} 件"),
     }
 }
 
 /// A duration as people say it: `850 ms`, `42.0 s`, `3 min 5 s`, `2 h 10 min`.
-fn span(ms: f64) -> String {
+fn span(language: Language, ms: f64) -> String {
+    let (milli, second, minute, hour) = match language {
+        Language::English => (" ms", " s", " min", " h"),
+        Language::Japanese => ("ミリ秒", "秒", "分", "時間"),
+    };
+    let between = match language {
+        Language::English => " ",
+        Language::Japanese => "",
+    };
     let s = ms / 1000.0;
     if s < 1.0 {
-        return format!("{ms:.0} ms");
+        return format!("{ms:.0}{milli}");
     }
     if s < 60.0 {
-        return format!("{s:.1} s");
+        return format!("{s:.1}{second}");
     }
     // Whole seconds from here on; a float of days fits any u64.
     let whole = s.round() as u64;
     if whole < 3_600 {
-        return format!("{} min {} s", whole / 60, whole % 60);
+        return format!("{}{minute}{between}{}{second}", whole / 60, whole % 60);
     }
-    format!("{} h {} min", whole / 3_600, whole % 3_600 / 60)
+    format!("{}{hour}{between}{}{minute}", whole / 3_600, whole % 3_600 / 60)
 }
 
 fn fill(template: &str, facts: &Facts) -> String {
@@ -456,11 +715,15 @@ fn fill(template: &str, facts: &Facts) -> String {
     while let Some(start) = rest.find('{') {
         out.push_str(&rest[..start]);
         let tail = &rest[start..];
-        let (value, used) =
-            [("{node}", &facts.node), ("{host}", &facts.host), ("{incident}", &facts.incident)]
-                .into_iter()
-                .find(|(name, _)| tail.starts_with(name))
-                .map_or(("{".to_owned(), 1), |(name, v)| (one_line(v, FACT_LIMIT_CHARS), name.len()));
+        let (value, used) = [
+            ("{node}", &facts.node),
+            ("{host}", &facts.host),
+            ("{incident}", &facts.incident),
+            ("{why}", &facts.why),
+        ]
+        .into_iter()
+        .find(|(name, _)| tail.starts_with(name))
+        .map_or(("{".to_owned(), 1), |(name, v)| (one_line(v, FACT_LIMIT_CHARS), name.len()));
         out.push_str(&value);
         rest = &tail[used..];
     }
@@ -520,15 +783,76 @@ mod tests {
         Kind::Notice(Notice::Test),
     ];
 
+    const BOTH: [Language; 2] = [Language::English, Language::Japanese];
+
     #[test]
     fn every_kind_says_what_why_and_what_to_do() {
-        for kind in EVERY {
-            let m = Message::new(kind, &facts(), Language::English);
+        for (kind, language) in EVERY.into_iter().flat_map(|k| BOTH.map(|l| (k, l))) {
+            let m = Message::new(kind, &facts(), language);
             assert!(m.title.contains("attic"), "{m:?}");
             assert!(!m.title.contains('{') && !m.text.contains('{'), "unfilled: {m:?}");
-            assert!(m.text.contains("no process holds the port"), "{m:?}");
-            assert!(m.text.lines().count() >= 2, "nothing to do: {m:?}");
+            let lines: Vec<&str> = m.text.lines().collect();
+            let why = if kind == Kind::Closing { lines[1] } else { lines[0] };
+            assert!(why.starts_with("Why: ") || why.starts_with("理由: "), "{m:?}");
+            assert!(lines.len() >= 2, "nothing to do: {m:?}");
             assert_eq!(m.key, format!("2026-11-22-1/{}", kind.name()));
+        }
+    }
+
+    /// The placeholders and the commands of a sentence, sorted: these no translation may lose or invent.
+    fn fixed(text: &str) -> Vec<String> {
+        let commands = text.split("koboshi ").skip(1).filter_map(|rest| {
+            let word: String = rest.chars().take_while(|c| c.is_ascii_lowercase()).collect();
+            let known = ["doctor", "snapshot", "recover", "node", "incidents", "status", "pause", "alert"];
+            known.contains(&word.as_str()).then(|| format!("koboshi {word}"))
+        });
+        let places = text.split('{').skip(1).filter_map(|rest| rest.split_once('}'));
+        let mut all: Vec<String> = commands.chain(places.map(|(name, _)| name.to_owned())).collect();
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn both_tables_are_complete_and_say_the_same() {
+        for (kind, serves) in EVERY.into_iter().flat_map(|k| [(k, false), (k, true)]) {
+            let Row { en, ja } = words(kind, serves);
+            for (e, j) in [(en.what, ja.what), (en.why, ja.why)] {
+                assert!(!e.is_empty() && !j.is_empty(), "{kind:?}");
+                assert_eq!(fixed(e), fixed(j), "{kind:?}: {e} / {j}");
+            }
+            assert_eq!(en.then.len(), ja.then.len(), "{kind:?}");
+            for (e, j) in en.then.iter().zip(ja.then) {
+                assert_eq!(fixed(e), fixed(j), "{kind:?}: {e} / {j}");
+            }
+            let sentences =
+                |w: &Words| [w.what, w.why].into_iter().chain(w.then.iter().copied()).collect::<String>();
+            assert!(sentences(&en).is_ascii(), "{kind:?}");
+            assert!(sentences(&ja).chars().any(|c| ('ぁ'..='ヿ').contains(&c)), "{kind:?}");
+        }
+        let f = Facts { replaced: Some("/q/7".into()), ..facts() };
+        for (e, j) in [
+            (undo(Language::English, &f), undo(Language::Japanese, &f)),
+            (undo(Language::English, &facts()), undo(Language::Japanese, &facts())),
+            (pause(Language::English).to_owned(), pause(Language::Japanese).to_owned()),
+            (and_more(Language::English, 3), and_more(Language::Japanese, 3)),
+            (
+                healed(Language::English, Some(Layer::Restore), 0.0),
+                healed(Language::Japanese, Some(Layer::Restore), 0.0),
+            ),
+        ] {
+            assert_eq!(fixed(&e), fixed(&j), "{e} / {j}");
+            for part in ["/q/7", "2026-11-22-1", "3", "restore"] {
+                assert_eq!(e.contains(part), j.contains(part), "{e} / {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_title_and_no_sentence_alone_is_cut() {
+        for (kind, language) in EVERY.into_iter().flat_map(|k| BOTH.map(|l| (k, l))) {
+            let f = Facts { node: "n".repeat(24), host: "h".repeat(40), ..facts() };
+            let m = Message::new(kind, &f, language);
+            assert!(!m.title.ends_with('…'), "{}", m.title);
         }
     }
 
@@ -536,7 +860,7 @@ mod tests {
     fn what_serves_is_never_told_to_be_down() {
         let f = Facts { serves: true, ..facts() };
         let title = |kind| Message::new(kind, &f, Language::English).title;
-        assert_eq!(title(Kind::Opening), "main on attic is damaged on disk; it still serves");
+        assert_eq!(title(Kind::Opening), "main on attic is damaged and still serves");
         assert_eq!(title(Kind::Closing), "main on attic is whole again");
         let m = Message::new(Kind::Notice(Notice::NotMended), &f, Language::English);
         assert!(m.title.contains("serves") && !m.title.contains("down"), "{}", m.title);
@@ -545,9 +869,9 @@ mod tests {
 
     #[test]
     fn a_closing_message_ends_with_undo_and_pause_whatever_its_length() {
-        for undo in [None, Some("koboshi snapshot restore 7".to_owned())] {
+        for replaced in [None, Some("/var/lib/koboshi/quarantine/00000007".to_owned())] {
             let f = Facts {
-                undo: undo.clone(),
+                replaced: replaced.clone(),
                 layer: Some(Layer::Restore),
                 down_ms: 185_000.0,
                 details: vec!["x".repeat(5_000); 50],
@@ -557,8 +881,8 @@ mod tests {
             let last: Vec<&str> = m.text.lines().rev().take(2).collect();
             assert!(last[0].contains("koboshi pause"), "{}", m.text);
             assert!(last[1].starts_with("To undo: "), "{}", m.text);
-            if let Some(u) = undo {
-                assert!(last[1].ends_with(&u));
+            if let Some(place) = replaced {
+                assert!(last[1].contains(&place) && last[1].contains("incidents show 2026-11-22-1"));
             }
             assert!(m.text.starts_with("Healed by restore; it was down for 3 min 5 s."));
             assert!(m.text.chars().count() <= TEXT_LIMIT_CHARS);
@@ -570,19 +894,35 @@ mod tests {
         let f = Facts { node: "{host}\nTo undo: rm -rf".into(), why: "a\nb\u{1b}[31m".into(), ..facts() };
         let m = Message::new(Kind::Opening, &f, Language::English);
         assert_eq!(m.title, "{host} To undo: rm -rf on attic is down");
-        assert_eq!(m.text.lines().next(), Some("a b [31m"));
+        assert_eq!(m.text.lines().next(), Some("Why: a b [31m"));
     }
 
     #[test]
     fn spans_are_said_as_people_say_them() {
-        let said: Vec<String> = [850.0, 42_000.0, 185_400.0, 7_800_000.0].into_iter().map(span).collect();
-        assert_eq!(said, ["850 ms", "42.0 s", "3 min 5 s", "2 h 10 min"]);
+        let said = |language| [850.0, 42_000.0, 185_400.0, 7_800_000.0].map(|ms| span(language, ms));
+        assert_eq!(said(Language::English), ["850 ms", "42.0 s", "3 min 5 s", "2 h 10 min"]);
+        assert_eq!(said(Language::Japanese), ["850ミリ秒", "42.0秒", "3分5秒", "2時間10分"]);
+    }
+
+    #[test]
+    fn the_language_is_read_off_the_locale() {
+        for (locale, language) in [
+            ("ja_JP.UTF-8", Language::Japanese),
+            ("ja", Language::Japanese),
+            ("ja-JP", Language::Japanese),
+            ("en_US.UTF-8", Language::English),
+            ("jam_JM", Language::English),
+            ("C.UTF-8", Language::English),
+            ("", Language::English),
+        ] {
+            assert_eq!(Language::of_locale(locale), language, "{locale}");
+        }
     }
 
     #[test]
     fn a_message_goes_through_json_unchanged() {
-        for kind in EVERY {
-            let m = Message::new(kind, &facts(), Language::English);
+        for (kind, language) in EVERY.into_iter().flat_map(|k| BOTH.map(|l| (k, l))) {
+            let m = Message::new(kind, &facts(), language);
             let back: Message = serde_json::from_slice(&serde_json::to_vec(&m).unwrap()).unwrap();
             assert_eq!(back, m);
         }

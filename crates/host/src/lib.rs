@@ -19,6 +19,7 @@ pub mod signals;
 mod spawn;
 pub mod tls;
 pub mod unpack;
+pub mod user;
 pub mod watch;
 
 pub use error::{Context, Error, Kind, Result};

@@ -113,7 +113,12 @@ pub struct Cmd {
     pub cwd: Option<PathBuf>,
     /// Whom to become; ourselves when none.
     pub ids: Option<Ids>,
+    /// Standard input, up to [`INPUT_LIMIT_BYTES`].
+    pub input: Vec<u8>,
 }
+
+/// What a tool is told on its standard input: what a pipe holds, so that writing it never waits for the tool.
+pub const INPUT_LIMIT_BYTES: usize = 32 << 10;
 
 impl Cmd {
     /// A tool with its arguments, in our own environment.
@@ -153,7 +158,7 @@ impl Output {
 pub fn run(cmd: &Cmd, deadline: Deadline) -> Result<Output> {
     let what = || format!("running {}", cmd.program.to_string_lossy());
     let mut command = Command::new(&cmd.program);
-    command.args(&cmd.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(&cmd.args).stdin(input(&cmd.input)?).stdout(Stdio::piped()).stderr(Stdio::piped());
     if cmd.env_clear {
         command.env_clear();
     }
@@ -166,6 +171,23 @@ pub fn run(cmd: &Cmd, deadline: Deadline) -> Result<Output> {
     let mut child = reap::spawn(&mut command).context(what)?;
     let result = supervise(&mut child, deadline);
     result.map_err(|e| Error { what: what(), why: e.to_string(), hint: e.hint, kind: e.kind })
+}
+
+/// The whole input in a pipe whose other end is closed already.
+fn input(bytes: &[u8]) -> Result<Stdio> {
+    if bytes.is_empty() {
+        return Ok(Stdio::null());
+    }
+    if bytes.len() > INPUT_LIMIT_BYTES {
+        return Err(Error::new(Kind::Usage, "giving a tool its input", format!("{} bytes", bytes.len())));
+    }
+    let what = || "giving a tool its input".into();
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context(what)?;
+    let written = rustix::io::write(&write, bytes).context(what)?;
+    if written < bytes.len() {
+        return Err(Error::new(Kind::System, what(), "the pipe is too small"));
+    }
+    Ok(Stdio::from(read))
 }
 
 fn supervise(child: &mut Child, deadline: Deadline) -> Result<Output> {
@@ -245,6 +267,18 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tool_reads_its_input_and_its_end() {
+        let said = |input: Vec<u8>| {
+            run(&Cmd { input, ..Cmd::new("cat", [""; 0]) }, Deadline::after(Duration::from_secs(20)))
+        };
+        assert_eq!(said(b"two\nlines".to_vec()).unwrap().stdout, b"two\nlines");
+        let most = vec![b'x'; INPUT_LIMIT_BYTES];
+        assert_eq!(said(most.clone()).unwrap().stdout, most);
+        assert!(said(Vec::new()).unwrap().stdout.is_empty());
+        assert!(said(vec![b'x'; INPUT_LIMIT_BYTES + 1]).is_err());
+    }
 
     #[test]
     fn groups_are_those_of_the_user() {

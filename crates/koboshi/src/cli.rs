@@ -76,6 +76,32 @@ pub enum Command {
         /// The node, for the last two.
         node: Option<String>,
     },
+    /// The voice on the gateway's port while an emergency holds; started and ended by the agent.
+    #[command(hide = true)]
+    Respond(Respond),
+}
+
+/// Options of `respond`.
+#[derive(Debug, Args)]
+pub struct Respond {
+    /// The gateway's port.
+    #[arg(long)]
+    pub port: u16,
+    /// The agent's pid.
+    #[arg(long)]
+    pub agent: u32,
+    /// The node's name.
+    #[arg(long)]
+    pub node: String,
+    /// The incident's id.
+    #[arg(long)]
+    pub incident: String,
+    /// What a starting gateway opens.
+    #[arg(long)]
+    pub opened: Vec<PathBuf>,
+    /// Where a start or an upgrade changes something.
+    #[arg(long)]
+    pub changed: Vec<PathBuf>,
 }
 
 /// Options of `guard`.

@@ -60,6 +60,41 @@ pub struct Config {
     pub store: StoreLimits,
     /// Where alerts go.
     pub alert: Vec<alert::Channel>,
+    /// The language of alerts; that of the environment when none.
+    pub language: Option<alert::Language>,
+    /// Whether the node's own chat accounts are used as well.
+    pub node_channels: NodeChannels,
+    /// An address that is told regularly that all is well.
+    pub heartbeat: Heartbeat,
+}
+
+/// When messages go out through the chat accounts of the node's own config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeChannels {
+    /// Only while no `[[alert]]` leads off this machine.
+    #[default]
+    Spare,
+    /// Beside every `[[alert]]`.
+    Always,
+    /// Never; the tokens are not even looked for.
+    Never,
+}
+
+/// `[heartbeat]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Heartbeat {
+    /// The address, asked by GET while the node serves.
+    pub url: Option<alert::Address>,
+    /// How often, in seconds.
+    pub every_s: u64,
+}
+
+impl Default for Heartbeat {
+    fn default() -> Heartbeat {
+        Heartbeat { url: None, every_s: 300 }
+    }
 }
 
 /// `[node]`: every line narrows the search for the node.

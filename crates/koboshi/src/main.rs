@@ -15,6 +15,7 @@ mod space;
 mod spare;
 mod step;
 mod sudo;
+mod voice;
 
 use clap::Parser;
 use host::{Error, Kind, Result};
@@ -61,6 +62,7 @@ fn usage(e: &clap::Error) -> ExitCode {
 fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
     match &cli.command {
         cli::Command::Demo(options) => demo::run(options, printer),
+        cli::Command::Respond(options) => voice::respond(options, printer),
         cli::Command::Step { request, node } => {
             let report = match (request.to_str(), node) {
                 (Some("system-install"), Some(name)) => sudo::install(name)?,

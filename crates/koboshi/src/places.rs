@@ -96,6 +96,11 @@ impl Places {
         self.state_dir.join("outbox")
     }
 
+    /// Whom the node itself writes to and with what, sealed with the store's key.
+    pub fn contacts(&self) -> PathBuf {
+        self.state_dir.join("contacts")
+    }
+
     /// The node as it was last known to serve.
     pub fn node(&self) -> PathBuf {
         self.state_dir.join("node.json")

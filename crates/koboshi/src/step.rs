@@ -6,8 +6,7 @@
 use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
-use crate::spare;
-use crate::sudo;
+use crate::{spare, sudo, voice};
 use alert::Outbox;
 use engine::{Class, Finding};
 use host::clock::Deadline;
@@ -29,6 +28,9 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
 pub const SCRUB_PORTIONS: u64 = 96;
 /// The CPU time of one portion, in milliseconds: with what its step costs, 0.04 % of one core at the very most.
 const SCRUB_CPU_MS: f64 = 250.0;
+/// One pass of delivery. Within the 30 s that an emergency has for its message lie the end of a pass that began just
+/// before, with a channel that hangs, and one more in which every channel that answers gets it.
+const PASS_LIMIT: Duration = Duration::from_secs(15);
 
 /// What a step is to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -54,6 +56,10 @@ pub enum Work {
     Tidy,
     /// Sends what waits in the outbox.
     Deliver,
+    /// Reads the chat accounts of the node's config while the node is well, and keeps them sealed.
+    Contacts,
+    /// Tells the dead man's switch that all is well.
+    Beat,
     /// Layer 0.
     Restart {
         /// The gateway does not answer.
@@ -186,6 +192,18 @@ pub enum Answer {
         /// When to try again, in milliseconds.
         again_ms: Option<u64>,
     },
+    /// Of `Contacts`.
+    Remembered {
+        /// How many people can be written to.
+        count: usize,
+        /// Why an account gave nothing, one line each.
+        missing: Vec<String>,
+    },
+    /// Of `Beat`.
+    Beaten {
+        /// Why it was not heard; `None` when it was.
+        why: Option<String>,
+    },
     /// Of the layers.
     Done(Report),
     /// It failed.
@@ -256,15 +274,25 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
         Work::Tidy => tidy(&places, &config, node, deadline),
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
-            let mut channels = config.alert.clone();
-            channels.extend(alert::local_channels(&places.state_dir, Some(&node.home)));
-            let delivery = alert::deliver(&mut outbox, &channels, deadline);
+            let channels = voice::channels(&config, &places, Some(&node.home));
+            // Told in time to whoever waits for it, whatever a channel does meanwhile.
+            let delivery = alert::deliver(&mut outbox, &channels, deadline.min(Deadline::after(PASS_LIMIT)));
             Ok(Answer::Delivered {
                 accepted: delivery.accepted.iter().filter(|r| !r.local).map(|r| r.key.clone()).collect(),
                 waiting: delivery.queued,
                 again_ms: delivery.next.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
             })
         }
+        Work::Contacts => {
+            let (count, missing) = voice::remember(&places, node, deadline)?;
+            Ok(Answer::Remembered { count, missing })
+        }
+        Work::Beat => Ok(Answer::Beaten {
+            why: match &config.heartbeat.url {
+                Some(url) => alert::heartbeat(url, deadline.min(Deadline::after(PASS_LIMIT))).err(),
+                None => Some("no heartbeat address is configured".to_owned()),
+            },
+        }),
         Work::Restart { hung } => {
             with_bench(request, &config, &places, 0, deadline, |bench| layers::restart::work(bench, *hung))
         }

@@ -445,7 +445,7 @@ mod tests {
         let node = node(dir.path());
         let look = || {
             let deadline = Deadline::after(std::time::Duration::from_secs(30));
-            examine(&node, None, None, Care::Quick, deadline).unwrap()
+            examine(&node, None, None, None, Care::Quick, deadline).unwrap()
         };
         // The program is gone: npm has taken it away, or somebody else has.
         let damaged = |e: &Examination| e.findings.iter().any(|f| f.kind == FaultKind::FilesDamaged);

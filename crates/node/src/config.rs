@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+pub mod contacts;
+
 /// Real configs have 2 to 200 KB.
 pub const CONFIG_LIMIT_BYTES: u64 = 8 << 20;
 /// The parser recurses: deeper input would end our own stack, not only the parse.

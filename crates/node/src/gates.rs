@@ -59,8 +59,8 @@ pub fn runtime_version(node: &Node, binary: &Path, deadline: Deadline) -> Result
         args: vec!["--version".into()],
         env: vec![("HOME".into(), node.home.clone().into())],
         env_clear: true,
-        cwd: None,
         ids: (own != node.ids).then_some(node.ids),
+        ..Cmd::default()
     };
     let out = run(&cmd, deadline.min(Deadline::after(VERSION_WAIT)))
         .map_err(|e| format!("{} does not run: {}", binary.display(), e.why))?;

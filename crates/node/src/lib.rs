@@ -17,6 +17,7 @@ pub mod refusal;
 pub mod roots;
 pub mod salvage;
 pub mod service;
+pub mod signs;
 pub mod triage;
 pub mod units;
 pub mod update;

@@ -400,7 +400,7 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     let addr = address(node.port, heard.as_ref());
     // The kernel accepts for a stopped process, which will not answer: asking would only cost the patience.
     if !look.process.as_ref().is_some_and(|p| matches!(p.state, 'T' | 't')) {
-        probe_http(&mut look, heard.is_some(), addr, deadline);
+        probe_http(&mut look, node, heard.as_ref(), addr, deadline);
     }
     if look.process.is_some()
         && matches!(look.health, Health::Wrong { .. })
@@ -546,8 +546,29 @@ fn children_cpu_ms(id: ProcessId) -> u64 {
     host::process::descendants(id.pid).into_iter().filter_map(ProcessId::stat).map(|s| s.cpu_ms).sum()
 }
 
-fn probe_http(look: &mut Look, heard: bool, addr: SocketAddr, deadline: Deadline) {
-    if !heard {
+/// Whether this answer is that of koboshi's emergency responder.
+fn is_responder(got: &Result<Response, HttpError>) -> bool {
+    match got {
+        Ok(r) => r.status == 503 && json(r).is_ok_and(|v| v.get("koboshi").is_some_and(|k| k == "emergency")),
+        Err(_) => false,
+    }
+}
+
+/// Whether this listener is koboshi's emergency responder. It runs as the node's user; whoever can pretend to be it
+/// could do no more than that user.
+#[must_use]
+pub(crate) fn responder_listens(node: &Node, listener: &Listener) -> bool {
+    listener.uid == node.ids.uid
+        && is_responder(&http::get_at(
+            address(node.port, Some(listener)),
+            "/healthz",
+            Deadline::after(OTHER_PROBE),
+        ))
+}
+
+fn probe_http(look: &mut Look, node: &Node, heard: Option<&Listener>, addr: SocketAddr, deadline: Deadline) {
+    let (heard_uid, node_uid) = (heard.map(|l| l.uid), node.ids.uid);
+    if heard.is_none() {
         // The kernel's table has no listener: asking would tell the same, later.
         look.health = Health::Refused;
         look.startup = Startup::Refused;
@@ -561,6 +582,14 @@ fn probe_http(look: &mut Look, heard: bool, addr: SocketAddr, deadline: Deadline
         Err(HttpError::OurSide { why }) => Some(why.clone()),
         Ok(_) | Err(HttpError::Refused | HttpError::TimedOut { .. } | HttpError::Garbage { .. }) => None,
     };
+    if heard_uid == Some(node_uid) && is_responder(&first) {
+        // koboshi's own voice in an emergency, ours or another's: no gateway, and nobody in a gateway's way.
+        look.listening = Listening::Nobody;
+        look.health = Health::Refused;
+        look.startup = Startup::Refused;
+        look.ready = Ready::Refused;
+        return;
+    }
     let (second, third) = (ask("/startupz", wait), ask("/readyz", wait));
     look.our_side = ours(&first).or_else(|| ours(&second)).or_else(|| ours(&third));
     look.health = read_health(first);

@@ -98,6 +98,7 @@ pub fn ask(node: &Node, path: &Path, deadline: Deadline) -> Result<Vec<Refusal>,
         env_clear: true,
         cwd: Some("/".into()),
         ids: (own != node.ids).then_some(node.ids),
+        ..Cmd::default()
     };
     let out = run(&cmd, deadline.min(Deadline::after(LIMIT)))
         .map_err(|e| format!("the program cannot be asked about its config: {}", e.why))?;

@@ -460,7 +460,7 @@ fn port(node: &Node, findings: &mut Vec<Finding>) {
                 || owner == Some(g)
                 || host::process::descendants(g.pid).iter().any(|d| Some(*d) == owner)
         };
-        if gateway.is_some_and(family) {
+        if gateway.is_some_and(family) || crate::probe::responder_listens(node, &listener) {
             continue;
         }
         let who = owner.map_or_else(

@@ -20,6 +20,7 @@ mod hex;
 mod key;
 mod layout;
 mod leftovers;
+mod note;
 mod pack;
 mod prune;
 mod quarantine;
@@ -43,6 +44,7 @@ use layout::{Head, Layout};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use note::{read_note, write_note};
 pub use types::*;
 
 /// How long a change of trust waits for a snapshot that is being taken.

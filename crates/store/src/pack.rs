@@ -298,15 +298,16 @@ impl Objects {
         self.records.binary_search_by(|r| r.name.cmp(name)).is_ok()
     }
 
-    /// Where an object lies in several places, forgets those that fail their proof, so that nobody keeps the broken one
-    /// and throws the good one away. A crash between healing and removing leaves such twins; there are few.
+    /// Where an object lies in several places, keeps one that proves right, so that nobody keeps the broken one and throws
+    /// the good one away; the one in the largest pack, so that not two packs are half needed. A crash between healing and removing leaves such twins; there are few.
     pub(crate) fn forget_broken_twins(&mut self, key: &Key) {
         let mut reader = ObjectReader::new(self, key);
         let mut keep = Vec::with_capacity(self.records.len());
         for twins in self.records.chunk_by(|a, b| a.name == b.name) {
             let before = keep.len();
             if twins.len() > 1 {
-                keep.extend(twins.iter().filter(|r| reader.proves(r)).copied());
+                let right = twins.iter().filter(|r| reader.proves(r));
+                keep.extend(right.max_by_key(|r| self.packs[r.pack as usize].bytes).copied());
             }
             // One alone is not looked at, and of none that is right all stay, for whoever can mend them.
             if keep.len() == before {

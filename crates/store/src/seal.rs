@@ -36,6 +36,7 @@ pub(crate) enum FileKind {
     Index = 3,
     Pack = 4,
     Trust = 5,
+    Note = 6,
 }
 
 impl FileKind {
@@ -46,6 +47,7 @@ impl FileKind {
             FileKind::Index => "index",
             FileKind::Pack => "pack",
             FileKind::Trust => "trust record",
+            FileKind::Note => "note",
         }
     }
 }

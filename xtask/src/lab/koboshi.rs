@@ -13,7 +13,7 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(600);
 /// Commands that only read or ask.
 const ASK_LIMIT: Duration = Duration::from_secs(60);
 /// The first snapshot becomes good once the node has served for the settling time below.
-const SETTLED_LIMIT: Duration = Duration::from_secs(400);
+const SETTLED_LIMIT: Duration = Duration::from_secs(900);
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(250);
 /// What the lab's scenarios set: settling takes 120 s in life, and here nothing else is measured by it.
@@ -176,7 +176,7 @@ impl Before {
     /// A serving node and what its user has.
     pub(crate) fn take(host: &Host) -> Result<Before, String> {
         Ok(Before {
-            hello: judge::serves_within(host, Duration::from_secs(300))?,
+            hello: judge::serves_within(host, Duration::from_secs(900))?,
             ledger: judge::Ledger::take(host)?,
         })
     }

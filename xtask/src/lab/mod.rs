@@ -37,8 +37,9 @@ use std::time::{Duration, Instant};
 
 /// Making the templates, and all scenarios one after the other, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(90 * 60);
-/// Scenarios side by side: a gateway's start takes a core, most of a scenario is waiting.
-const SIDE_BY_SIDE: usize = 3;
+/// Scenarios side by side, at most; else one for each core. A gateway's start takes a whole one, and a gateway that is
+/// starved gives up: its own heartbeat must come within 5 s of its start.
+const SIDE_BY_SIDE: usize = 4;
 /// How long a kept lab stays if nobody ends it.
 const KEPT_FOR: Duration = Duration::from_secs(12 * 3600);
 
@@ -93,7 +94,7 @@ pub(crate) fn alone(root: &Path, words: &[&str]) -> ExitCode {
 
 fn play(root: &Path, names: &[&str], keep: bool, tally: &mut Tally) {
     tally.part("lab: real hosts", |tally| {
-        if Recording::read(&demo::cache(root), &std::env::temp_dir()).is_err() {
+        if !Recording::is_there(&demo::cache(root)) {
             println!("Node and OpenClaw are fetched once, by the demo");
             let ran = demo::start(root, &["--no-faults"], 0);
             if !ran.ok() {
@@ -184,9 +185,10 @@ impl Lab {
     fn play(&self, chosen: &[&Scenario]) -> Count {
         let total = Mutex::new(Count::default());
         let next = AtomicUsize::new(0);
-        let alone = self.keep || chosen.len() == 1;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let workers = if self.keep { 1 } else { cores.min(SIDE_BY_SIDE) };
         std::thread::scope(|scope| {
-            for _ in 0..if alone { 1 } else { SIDE_BY_SIDE } {
+            for _ in 0..workers {
                 scope.spawn(|| {
                     while let Some(scenario) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let count = self.one(scenario);
@@ -389,8 +391,9 @@ impl Play<'_> {
         self.site.services.as_ref().map(|(_, s)| s).ok_or_else(|| "this site has no receiver".to_owned())
     }
 
-    pub(crate) fn version(&self) -> String {
-        self.site.lab.recording.openclaw.clone()
+    /// The version of a package that the registry has whole.
+    pub(crate) fn recorded(&self, package: &str) -> Result<String, String> {
+        self.site.lab.recording.version(package)
     }
 
     /// Counts a claim and says what was seen where it does not hold.

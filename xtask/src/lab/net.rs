@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// `ip` and `nft` take milliseconds.
-const TOOL_LIMIT: Duration = Duration::from_secs(20);
+const TOOL_LIMIT: Duration = Duration::from_secs(60);
 /// Where the lab's services listen.
 pub(crate) const SERVICES: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The largest number of hosts of one site.
@@ -97,6 +97,9 @@ impl Switch {
     /// Takes every cut of a host away.
     pub(crate) fn mend(&self, host: &str, netns: &str) -> Result<(), String> {
         self.ip(&self.name, &["link", "set", &cable(host), "up"])?;
+        // Who could not be reached is remembered on both sides for seconds.
+        self.ip(&self.name, &["neigh", "flush", "dev", "br0"])?;
+        self.ip(netns, &["neigh", "flush", "dev", "eth0"])?;
         self.nft(netns, "add table inet lab\ndelete table inet lab\n")
     }
 

@@ -31,7 +31,7 @@ const KEY: &str = "make-fetch-happen:request-cache:";
 /// Fewer addresses than this are no recording of OpenClaw.
 const LEAST_ENTRIES: usize = 300;
 /// Reading a tarball's description.
-const TAR_LIMIT: Duration = Duration::from_secs(60);
+const TAR_LIMIT: Duration = Duration::from_secs(300);
 /// A slow answer comes in pieces this far apart.
 const PIECE_EVERY: Duration = Duration::from_millis(100);
 /// Requests remembered of one scenario.
@@ -66,6 +66,14 @@ pub(crate) struct Recording {
 }
 
 impl Recording {
+    /// Whether a real install was recorded, without reading all of it.
+    pub(crate) fn is_there(cache: &Path) -> bool {
+        let content = cache.join("npm/_cacache");
+        let all = entries(&content.join("index-v5"), &content.join("content-v2"));
+        let kept = [node_package(), "npm"].iter().all(|name| kept_tarball(cache, name).is_ok());
+        kept && all.is_ok_and(|all| all.len() >= LEAST_ENTRIES)
+    }
+
     /// Reads the cache of a real install.
     pub(crate) fn read(cache: &Path, scratch: &Path) -> Result<Recording, String> {
         let content = cache.join("npm/_cacache");
@@ -85,23 +93,29 @@ impl Recording {
             let had = recording.files.len();
             return Err(format!("{} holds {had} packages: that is no recorded install", content.display()));
         }
-        recording.openclaw = recording
-            .files
-            .keys()
-            .filter_map(|p| p.strip_prefix("/openclaw/-/openclaw-")?.strip_suffix(".tgz"))
-            .max_by_key(|v| version_key(v))
-            .ok_or("the recorded install holds no OpenClaw")?
-            .to_owned();
+        recording.openclaw = recording.version("openclaw")?;
         for name in [node_package(), "npm"] {
             recording.add_tarball(&kept_tarball(cache, name)?, name, scratch)?;
         }
         Ok(recording)
     }
 
+    /// The newest version of a package whose tarball is here.
+    pub(crate) fn version(&self, name: &str) -> Result<String, String> {
+        let start = format!("/{name}/-/{name}-");
+        let versions = self.files.keys().filter_map(|p| p.strip_prefix(&start)?.strip_suffix(".tgz"));
+        let newest = versions.max_by_key(|v| version_key(v));
+        newest.map(str::to_owned).ok_or_else(|| format!("the recorded install holds no {name}"))
+    }
+
     /// A package that koboshi fetched by itself: its document is made from its own description.
     fn add_tarball(&mut self, file: &Path, name: &str, scratch: &Path) -> Result<(), String> {
         let tar = file.to_string_lossy();
-        let text = tool::must(&["tar", "-xzOf", &tar, "package/package.json"], scratch, TAR_LIMIT)?;
+        let text = tool::must(
+            &["tar", "--occurrence=1", "-xzOf", &tar, "package/package.json"],
+            scratch,
+            TAR_LIMIT,
+        )?;
         let mut manifest: Value =
             serde_json::from_str(&text).map_err(|e| format!("the description in {tar}: {e}"))?;
         let version = manifest["version"].as_str().ok_or("a package without a version")?.to_owned();

@@ -51,17 +51,19 @@ impl Sink {
         let shared = Arc::clone(&state);
         let server = http::serve(listener, move |mut stream, over| {
             let Some(request) = http::read(&stream) else { return };
-            loop {
-                let mood = locked(&shared, |s| s.mood);
-                match mood {
-                    Mood::Hang if over.load(Ordering::Relaxed) => return,
-                    Mood::Hang => std::thread::sleep(POLL),
-                    Mood::Refuse => {
-                        http::answer(&mut stream, "500 Internal Server Error", "text/plain", b"no\n");
-                        return;
+            match locked(&shared, |s| s.mood) {
+                Mood::Hang => {
+                    while locked(&shared, |s| s.mood) == Mood::Hang && !over.load(Ordering::Relaxed) {
+                        std::thread::sleep(POLL);
                     }
-                    Mood::Accept => break,
+                    // Whoever was kept waiting was never answered.
+                    return;
                 }
+                Mood::Refuse => {
+                    http::answer(&mut stream, "500 Internal Server Error", "text/plain", b"no\n");
+                    return;
+                }
+                Mood::Accept => {}
             }
             locked(&shared, |s| {
                 if s.alerts.len() < KEPT_LIMIT {

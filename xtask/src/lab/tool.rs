@@ -49,7 +49,8 @@ pub(crate) fn run(mut command: Command, scratch: &Path, limit: Duration) -> Resu
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = command.get_program().to_string_lossy().into_owned();
-    let files = ["out", "err"].map(|kind| scratch.join(format!("tool-{number}.{kind}")));
+    let files =
+        ["out", "err"].map(|kind| scratch.join(format!("lab-{}-{number}.{kind}", std::process::id())));
     let [out, err] = &files;
     let open = |p: &Path| File::create(p).map_err(|e| format!("make {}: {e}", p.display()));
     command.stdin(Stdio::null()).stdout(open(out)?).stderr(open(err)?);

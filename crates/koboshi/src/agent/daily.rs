@@ -3,6 +3,7 @@
 
 use super::runner::Running;
 use super::{Agent, runner};
+use crate::config::NodeChannels;
 use crate::patient;
 use crate::step::{Answer, SCRUB_PORTIONS, Work};
 use engine::{Class, FaultKind, Finding, IncidentKind, Moment};
@@ -32,6 +33,8 @@ const LOOK_AGAIN_MS: u64 = 10_000;
 const MOST_DOUBLINGS: u32 = 9;
 /// After a failed job.
 const RETRY_MS: u64 = 60_000;
+/// After the node's chat accounts could not be read: the key comes with the first snapshot.
+const CONTACTS_RETRY_MS: u64 = 600_000;
 /// Messages that no channel took are tried again at the latest after this.
 const DELIVER_MOST_MS: u64 = 900_000;
 
@@ -41,7 +44,15 @@ const SNAPSHOT_LIMIT: Duration = Duration::from_secs(900);
 const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 const SCRUB_LIMIT: Duration = Duration::from_secs(120);
 const TIDY_LIMIT: Duration = Duration::from_secs(900);
-const DELIVER_LIMIT: Duration = Duration::from_secs(60);
+/// A pass ends by itself after 15 s; what hangs beyond that in the kernel is killed.
+const DELIVER_LIMIT: Duration = Duration::from_secs(20);
+const BEAT_LIMIT: Duration = Duration::from_secs(20);
+const CONTACTS_LIMIT: Duration = Duration::from_secs(60);
+/// The chat accounts of the node are looked at again this often, whatever the config says of change: a token may come
+/// from elsewhere.
+const CONTACTS_EVERY_MS: u64 = 6 * 3_600_000;
+/// A dead man's switch is never asked more often than this, in seconds.
+const BEAT_LEAST_S: u64 = 10;
 
 /// What a background job does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +62,7 @@ enum Job {
     Settle,
     Scrub,
     Tidy,
+    Contacts,
 }
 
 /// The schedule of daily operation.
@@ -58,6 +70,11 @@ enum Job {
 pub struct Daily {
     job: Option<(Job, Running)>,
     delivery: Option<Running>,
+    beat: Option<Running>,
+    beat_at: Option<Moment>,
+    /// Whether the last beat was heard; told when it changes.
+    beat_heard: Option<bool>,
+    contacts_at: Option<Moment>,
     examine_at: Moment,
     snapshot_at: Option<(Moment, Vec<Class>, String)>,
     settle_at: Option<Moment>,
@@ -83,6 +100,10 @@ impl Daily {
         Daily {
             job: None,
             delivery: None,
+            beat: None,
+            beat_at: None,
+            beat_heard: None,
+            contacts_at: None,
             examine_at: now,
             snapshot_at: None,
             settle_at: None,
@@ -114,6 +135,13 @@ impl Daily {
     pub(super) fn serving(&mut self, now: Moment) {
         self.baseline_at = Some(now);
         self.examine_at = now;
+        self.contacts_at = Some(now);
+        self.beat_at = Some(now);
+    }
+
+    /// Whether a look at the disk is at work.
+    pub(super) fn looking(&self) -> bool {
+        self.job.as_ref().is_some_and(|(job, _)| *job == Job::Examine)
     }
 
     pub(super) fn examine_soon(&mut self, now: Moment) {
@@ -144,16 +172,17 @@ impl Daily {
             due.extend(self.settle_at);
             due.extend(self.tidy_at);
             due.extend(self.scrub_at);
+            due.extend(self.contacts_at);
             due.push(self.state_at);
         }
         if self.delivery.is_none() {
             due.extend(self.deliver_at);
         }
-        due.extend(
-            [&self.job_deadline(), &self.delivery.as_ref().map(|d| d.deadline.moment())]
-                .into_iter()
-                .flatten(),
-        );
+        if self.beat.is_none() {
+            due.extend(self.beat_at);
+        }
+        due.extend(self.job_deadline());
+        due.extend([&self.delivery, &self.beat].into_iter().flatten().map(|r| r.deadline.moment()));
         due.into_iter().min_by_key(|m| m.ms)
     }
 
@@ -164,7 +193,8 @@ impl Daily {
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let job = self.job.as_ref().map(|(_, running)| running.step.pidfd());
         let delivery = self.delivery.as_ref().map(|running| running.step.pidfd());
-        job.into_iter().chain(delivery).collect()
+        let beat = self.beat.as_ref().map(|running| running.step.pidfd());
+        job.into_iter().chain(delivery).chain(beat).collect()
     }
 
     /// The next look, at the latest. One that was asked for while the last one looked stays asked for: what it was asked
@@ -188,14 +218,15 @@ impl Daily {
                 Job::Settle => self.settle_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Scrub => self.scrub_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Tidy => self.tidy_at = Some(now.plus_ms(RETRY_MS)),
+                Job::Contacts => self.contacts_at = Some(now.plus_ms(RETRY_MS)),
             }
         }
     }
 
     pub(super) fn end(&mut self) {
         self.make_way();
-        if let Some(mut delivery) = self.delivery.take() {
-            let _ = delivery.kill();
+        for mut running in [self.delivery.take(), self.beat.take()].into_iter().flatten() {
+            let _ = running.kill();
         }
     }
 }
@@ -227,6 +258,58 @@ impl Agent {
         {
             let _ = running.kill();
             self.delivered(now, running.answer());
+        }
+        if let Some(running) = &mut self.daily.beat
+            && (running.step.look().is_some() || running.deadline.passed())
+            && let Some(mut running) = self.daily.beat.take()
+        {
+            let _ = running.kill();
+            self.beaten(running.answer());
+        }
+    }
+
+    /// Whether the switch heard us is told when it changes: it watches us, not we it.
+    fn beaten(&mut self, answer: Option<Answer>) {
+        let why = match answer {
+            Some(Answer::Beaten { why }) => why,
+            Some(Answer::Failed { what, why }) => Some(format!("{what}: {why}")),
+            Some(
+                Answer::Examined(_)
+                | Answer::Taken { .. }
+                | Answer::Settled { .. }
+                | Answer::Scrubbed { .. }
+                | Answer::Tidied { .. }
+                | Answer::Delivered { .. }
+                | Answer::Remembered { .. }
+                | Answer::Done(_),
+            )
+            | None => Some("it gave no answer in time".to_owned()),
+        };
+        if self.daily.beat_heard != Some(why.is_none()) {
+            self.daily.beat_heard = Some(why.is_none());
+            match why {
+                Some(why) => self.say(&format!("the heartbeat address did not hear us: {why}")),
+                None => self.say("the heartbeat address hears us"),
+            }
+        }
+    }
+
+    /// A beat only while the judge says that the node serves: its absence is what tells.
+    fn due_beat(&mut self, now: Moment) {
+        if self.config.heartbeat.url.is_none() {
+            self.daily.beat_at = None;
+            return;
+        }
+        let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving() && j.confirmed);
+        if self.daily.beat.is_some() || !serving || !self.daily.beat_at.is_some_and(|at| past(now, at)) {
+            return;
+        }
+        let every_s = self.config.heartbeat.every_s.max(BEAT_LEAST_S);
+        self.daily.beat_at = Some(now.plus_ms(every_s.saturating_mul(1000)));
+        let deadline = Deadline::after(BEAT_LIMIT);
+        match self.runner.spawn("job-beat", Work::Beat, &self.node, None, true, deadline) {
+            Ok(running) => self.daily.beat = Some(running),
+            Err(e) => self.say(&e.to_string()),
         }
     }
 
@@ -286,8 +369,16 @@ impl Agent {
                     self.say(&line);
                 }
             }
+            Some(Answer::Remembered { count, missing }) => {
+                if count > 0 {
+                    self.say(&format!("{count} people can be told through the node's own chat accounts"));
+                }
+                for line in missing {
+                    self.say(&format!("a chat account of the node cannot be used for alerts: {line}"));
+                }
+            }
             Some(Answer::Failed { what, why }) => self.job_failed(now, job, &format!("{what}: {why}")),
-            Some(Answer::Delivered { .. } | Answer::Done(_)) | None => {
+            Some(Answer::Delivered { .. } | Answer::Beaten { .. } | Answer::Done(_)) | None => {
                 self.job_failed(now, job, "it ended without an answer");
             }
         }
@@ -310,6 +401,12 @@ impl Agent {
             }
             Job::Scrub => "looking at every byte",
             Job::Tidy => "tidying the store",
+            Job::Contacts => {
+                // What was known before stands, and the node does not depend on it.
+                self.daily.contacts_at = Some(now.plus_ms(CONTACTS_RETRY_MS));
+                self.say(&format!("reading the node's chat accounts failed: {why}"));
+                return;
+            }
         };
         self.say(&format!("{name} failed: {why}"));
         self.daily.trouble = Some(format!("{name}: {why}"));
@@ -415,6 +512,9 @@ impl Agent {
         } else {
             self.daily.settled = true;
         }
+        if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
+            self.daily.contacts_at = Some(now);
+        }
         self.daily.config_seen = Some(config_now);
         if self.daily.snapshot_at.is_some() {
             self.daily.state_seen = Some(state_now);
@@ -494,6 +594,7 @@ impl Agent {
                 }
             }
         }
+        self.due_beat(now);
         // During a climb the machine belongs to the ladder.
         if self.daily.job.is_some() || self.book.state().climb().is_some() {
             return;
@@ -516,6 +617,14 @@ impl Agent {
         {
             self.daily.tidy_at = None;
             (Job::Tidy, Work::Tidy, TIDY_LIMIT)
+        } else if self.daily.contacts_at.is_some_and(|at| serving && past(now, at))
+            && self.places.key_file.exists()
+        {
+            self.daily.contacts_at = Some(now.plus_ms(CONTACTS_EVERY_MS));
+            if self.config.node_channels == NodeChannels::Never {
+                return;
+            }
+            (Job::Contacts, Work::Contacts, CONTACTS_LIMIT)
         } else if past(now, self.daily.examine_at) && !self.pressed() {
             self.daily.examine_at = now.plus_ms(SWEEP_MOST_MS as u64);
             (Job::Examine, Work::Examine { care: Care::Quick }, EXAMINE_LIMIT)
@@ -534,6 +643,7 @@ impl Agent {
             Job::Settle => "job-settle",
             Job::Scrub => "job-scrub",
             Job::Tidy => "job-tidy",
+            Job::Contacts => "job-contacts",
         };
         let baseline = self.judge.baseline().clone();
         match self.runner.spawn(name, work, &self.node, Some(&baseline), true, Deadline::after(limit)) {
@@ -663,6 +773,8 @@ impl Agent {
                 | Answer::Settled { .. }
                 | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
+                | Answer::Remembered { .. }
+                | Answer::Beaten { .. }
                 | Answer::Done(_),
             )
             | None => self.daily.deliver_at = Some(now.plus_ms(RETRY_MS)),
@@ -693,6 +805,8 @@ impl Agent {
                 | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
                 | Answer::Delivered { .. }
+                | Answer::Remembered { .. }
+                | Answer::Beaten { .. }
                 | Answer::Done(_),
             ) => None,
             Err(e) => {
@@ -707,7 +821,7 @@ impl Agent {
         let day = clock::wall().strftime("%Y-%m-%d").to_string();
         let mut facts = self.facts(format!("{}-{day}", kind.name()));
         facts.why = why.to_owned();
-        let message = alert::Message::new(alert::Kind::Notice(kind), &facts, alert::Language::default());
+        let message = alert::Message::new(alert::Kind::Notice(kind), &facts, self.language);
         self.say(&format!("notice: {}", message.title));
         if let Err(e) = self.outbox().and_then(|mut o| o.put(&message)) {
             self.say(&e.to_string());

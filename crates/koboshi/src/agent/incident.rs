@@ -407,7 +407,9 @@ impl Agent {
                 | Answer::Settled { .. }
                 | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
-                | Answer::Delivered { .. },
+                | Answer::Delivered { .. }
+                | Answer::Remembered { .. }
+                | Answer::Beaten { .. },
             ) => "the step that ends the config's trial answered something else".to_owned(),
             Err(e) => e.to_string(),
         };
@@ -452,6 +454,10 @@ impl Agent {
 
     /// Checks, writes, tells. `false` when the record may not follow or could not be written: ask again.
     pub(super) fn write(&mut self, record: Record) -> bool {
+        // Before anything is begun, by us or by anybody of whom we know: the gateway's port is free.
+        if super::responder::gives_way_to(&record.event) {
+            self.end_responder();
+        }
         let line = engine::summary::line(&record.event);
         let asked = matches!(record.event, Event::ClimbBegan { only: Some(_), .. });
         let before = self.book.state().closed.as_ref().map(|c| c.id);
@@ -598,7 +604,9 @@ impl Agent {
                 | Answer::Settled { .. }
                 | Answer::Scrubbed { .. }
                 | Answer::Tidied { .. }
-                | Answer::Delivered { .. },
+                | Answer::Delivered { .. }
+                | Answer::Remembered { .. }
+                | Answer::Beaten { .. },
             )
             | None => None,
         }
@@ -774,7 +782,7 @@ impl Agent {
             }
             let quarantine = self.places.quarantine().join(format!("{:08}", closed.id));
             if quarantine.is_dir() {
-                facts.undo = Some(format!("what was replaced lies in {}", quarantine.display()));
+                facts.replaced = Some(quarantine.display().to_string());
             }
         }
         let kind = match key.kind {
@@ -789,7 +797,7 @@ impl Agent {
                 }
             },
         };
-        alert::Message::new(kind, &facts, alert::Language::default())
+        alert::Message::new(kind, &facts, self.language)
     }
 
     /// Channels took these messages.

@@ -9,6 +9,7 @@ mod daily;
 pub(crate) mod incident;
 mod orders;
 mod prober;
+mod responder;
 mod rest;
 pub mod runner;
 mod standing;
@@ -19,6 +20,7 @@ use crate::agent::book::Book;
 use crate::agent::daily::Daily;
 use crate::agent::incident::Doing;
 use crate::agent::prober::Prober;
+use crate::agent::responder::Responder;
 use crate::agent::runner::{Runner, Running};
 use crate::agent::status::Status;
 use crate::agent::will::Will;
@@ -27,6 +29,7 @@ use crate::config::{Config, Mode};
 use crate::patient::{self, Service};
 use crate::places::Places;
 use crate::print::{Exit, Printer};
+use crate::voice;
 use engine::{Event, IncidentKind, Moment, Record, Verdict};
 use host::clock::{self, Deadline};
 use host::container::Strength;
@@ -126,6 +129,8 @@ pub struct Agent {
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
+    responder: Responder,
+    language: alert::Language,
 }
 
 /// Runs the agent until it is told to end.
@@ -213,6 +218,8 @@ impl Agent {
             sudo: None,
             blind: 0,
             ending: false,
+            responder: Responder::default(),
+            language: voice::language(&config),
             config,
             places,
             printer,
@@ -247,7 +254,7 @@ impl Agent {
         self.keep_stopped();
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
-            if name.starts_with("job-") {
+            if name.starts_with("job-") || name == responder::CONTAINER {
                 let _ = self.runner.containers.kill(&name, Deadline::after(runner::KILL_LIMIT));
             }
         }
@@ -325,6 +332,7 @@ impl Agent {
             self.drive();
             self.due_looks();
             self.due_jobs();
+            self.tend_responder();
             self.publish();
             self.tell_manager();
             if self.ending {
@@ -353,13 +361,15 @@ impl Agent {
             undecided: self.doing == Doing::Nothing && self.book.state().incident.is_some(),
             exam: self.exam_due,
             daily: self.daily.due(),
+            responder: self.responder.again(now),
             unit: self.unit_stopped.is_some(),
             watchdog_ms: watchdog.map(|w| u64::try_from(w.as_millis()).unwrap_or(u64::MAX)),
         };
         let until = Deadline::at(due.wake(now));
         let gateway = self.gateway.as_ref().map(AsFd::as_fd);
         let step = self.step.as_ref().map(|s| s.step.pidfd());
-        let job = self.daily.fds();
+        let mut job = self.daily.fds();
+        job.extend(self.responder.fd());
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
         fds.extend(gateway);
@@ -398,6 +408,7 @@ impl Agent {
             self.release_now();
         }
         self.daily.end();
+        self.end_responder();
         if std::process::id() == 1 {
             self.say("the container is being stopped: the gateway may drain");
             match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT))
@@ -847,7 +858,7 @@ impl Agent {
             incident: state.incident.as_ref().map(|incident| status::Open {
                 id: incident.id,
                 cause: incident.cause.clone(),
-                doing: self.doing_words(now),
+                doing: self.holding_words(now).unwrap_or_else(|| self.doing_words(now)),
                 layer: state.climb().and_then(|c| c.turn.as_ref()).map(|t| t.layer),
                 emergency: state.in_emergency(),
             }),

@@ -26,6 +26,8 @@ pub(super) struct Due {
     pub exam: Option<Moment>,
     /// The next job of daily operation, or the end of one under way.
     pub daily: Option<Moment>,
+    /// When the responder is thought of again.
+    pub responder: Option<Moment>,
     /// A unit is on its way down.
     pub unit: bool,
     /// The manager that runs this agent wants a sign of life this often, in milliseconds.
@@ -36,7 +38,7 @@ impl Due {
     /// When the loop wakes: never now, never later than it must.
     pub(super) fn wake(&self, now: Moment) -> Moment {
         let most_ms = self.watchdog_ms.map_or(WAKE_AT_LEAST_MS, |ms| ms.clamp(1, WAKE_AT_LEAST_MS));
-        let moments = [self.look, self.engine, self.exam, self.daily];
+        let moments = [self.look, self.engine, self.exam, self.daily, self.responder];
         let due = moments.into_iter().flatten().map(|at| match at.since_ms(now) {
             // Due, or of another boot.
             None | Some(0) => NOT_NOW_MS,
@@ -70,7 +72,8 @@ mod tests {
 
     #[test]
     fn what_is_due_and_impossible_never_makes_it_spin() {
-        let dues: [fn(Option<Moment>) -> Due; 4] = [
+        let dues: [fn(Option<Moment>) -> Due; 5] = [
+            |at| Due { responder: at, ..Due::default() },
             |at| Due { look: at, ..Due::default() },
             |at| Due { engine: at, ..Due::default() },
             |at| Due { exam: at, ..Due::default() },
@@ -91,11 +94,11 @@ mod tests {
     proptest! {
         #[test]
         fn it_always_rests_and_always_wakes(
-            moments in prop::array::uniform4(prop::option::of(0_u64..300_000)),
+            moments in prop::array::uniform5(prop::option::of(0_u64..300_000)),
             undecided in any::<bool>(), unit in any::<bool>(), watchdog_ms in prop::option::of(0_u64..600_000),
         ) {
-            let [look, engine, exam, daily] = moments.map(|m| m.and_then(at));
-            let due = Due { look, engine, undecided, exam, daily, unit, watchdog_ms };
+            let [look, engine, exam, daily, responder] = moments.map(|m| m.and_then(at));
+            let due = Due { look, engine, undecided, exam, daily, responder, unit, watchdog_ms };
             let wake = due.wake(NOW);
             prop_assert!(wake.ms > NOW.ms && wake.ms <= NOW.ms + WAKE_AT_LEAST_MS);
             for soon in moments.into_iter().flatten().filter(|ms| *ms > NOW.ms) {

@@ -2,6 +2,7 @@
 
 use super::desk::{Desk, Fields};
 use crate::print::Exit;
+use crate::voice::{self, Standing};
 use alert::{Channel, Facts, Outbox};
 use host::clock::Deadline;
 use host::{Error, Kind, Result};
@@ -9,13 +10,6 @@ use std::time::Duration;
 
 /// One channel's answer; what takes longer than this will not help at night either.
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// Every channel that would be used: the configured ones, then those on this machine.
-pub(super) fn channels(desk: &Desk, home: Option<&std::path::Path>) -> Vec<Channel> {
-    let mut channels = desk.config.alert.clone();
-    channels.extend(alert::local_channels(&desk.places.state_dir, home));
-    channels
-}
 
 /// Sends the test and says which channels took it.
 pub(super) fn test(desk: &Desk) -> Result<Exit> {
@@ -32,11 +26,16 @@ pub(super) fn test(desk: &Desk) -> Result<Exit> {
         ..Facts::default()
     };
     let p = desk.printer;
-    let mut failed = false;
+    let (mut failed, mut reached) = (false, false);
     let mut told = Vec::new();
-    for channel in channels(desk, node.as_ref().map(|n| n.home.as_path())) {
-        let result = alert::test(&outbox, &channel, &facts, Deadline::after(LIMIT));
+    let all = voice::channels(&desk.config, &desk.places, node.as_ref().map(|n| n.home.as_path()));
+    let remote = all.iter().any(|c| !c.is_local());
+    let language = voice::language(&desk.config);
+    // Whoever is logged in is not shouted at for a test.
+    for channel in all.iter().filter(|c| !matches!(c, Channel::Wall(_))) {
+        let result = alert::test(&outbox, channel, &facts, language, Deadline::after(LIMIT));
         failed |= result.is_err();
+        reached |= result.is_ok() && !channel.is_local();
         let fields = Fields::default()
             .put("channel", channel.name())
             .put("target", channel.target())
@@ -54,16 +53,13 @@ pub(super) fn test(desk: &Desk) -> Result<Exit> {
             }
         }
     }
-    let reached = !desk.config.alert.is_empty() && !failed;
-    if desk.config.alert.is_empty() {
-        p.line(
-            "Nobody is told: no [[alert]] channel is configured, only files on this machine were written.",
-        );
-        p.line(format!(
-            "  fix: add one to {}; the comments in it show how",
-            desk.places.config_file.display()
-        ));
+    if let Some((warning, fix)) = Standing::of(&desk.config, &desk.places).warning(&desk.places) {
+        p.line(p.yellow(&warning));
+        if !remote {
+            p.line("  Only this machine was told: its files and its journal.");
+            p.line(format!("  fix: {fix}; the comments in it show how"));
+        }
     }
     p.object(Fields::default().put("reached_somebody", reached).put("channels", told).done());
-    Ok(if reached { Exit::Done } else { Exit::Failed })
+    Ok(if reached && !failed { Exit::Done } else { Exit::Failed })
 }

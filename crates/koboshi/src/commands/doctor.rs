@@ -8,6 +8,7 @@ use super::desk::{Desk, Fields, ago, newest_first, seconds};
 use super::{judging, key, unit};
 use crate::config::Mode;
 use crate::print::{Exit, bytes};
+use crate::voice::Standing;
 use crate::{agent, space, spare, step};
 use host::clock::{self, Deadline};
 use host::container::{Containers, Strength};
@@ -124,6 +125,7 @@ fn tell(desk: &Desk, node: Option<&Node>, found: &[Finding]) {
     let p = desk.printer;
     let count = |level: Level| found.iter().filter(|f| f.level == level).count();
     let (blocks, warns) = (count(Level::Blocks), count(Level::Warns));
+    Standing::of(&desk.config, &desk.places).warn(p, &desk.places);
     p.line(match (blocks, warns) {
         (0, 0) => p.green("Nothing would keep a recovery from working here."),
         (0, n) => p.yellow(&format!("A recovery would work here; {n} things could be better.")),
@@ -301,27 +303,15 @@ fn alerts(desk: &Desk, found: &mut Findings) {
         found.blocks("alerts", why, format!("correct [[alert]] in {}", desk.places.config_file.display()));
         return;
     }
-    if desk.config.alert.is_empty() {
-        let fix =
-            format!("add an [[alert]] to {}; the comments in it show how", desk.places.config_file.display());
-        found.warns("alerts", "nobody would be told: no alert channel is configured", fix);
-        return;
-    }
-    let outbox =
-        desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
-    let untried: Vec<&str> = desk
-        .config
-        .alert
-        .iter()
-        .filter(|c| !c.is_local() && outbox.as_ref().and_then(|o| o.proven(c)).is_none())
-        .map(alert::Channel::name)
-        .collect();
-    if desk.config.alert.iter().all(alert::Channel::is_local) {
-        found.warns("alerts", "every alert channel is a file on this machine", "add one that leaves it");
-    } else if untried.is_empty() {
-        found.ok("alerts", format!("{} channels, each has worked", desk.config.alert.len()));
-    } else {
-        found.warns("alerts", format!("never tried: {}", untried.join(", ")), "koboshi alert test");
+    let told = Standing::of(&desk.config, &desk.places);
+    match told.warning(&desk.places) {
+        Some((warning, fix)) => found.warns("alerts", warning.trim_end_matches('.'), fix),
+        None if told.untried.is_empty() => {
+            found.ok("alerts", format!("{} channels, each has worked", told.proven.len()));
+        }
+        None => {
+            found.warns("alerts", format!("never tried: {}", told.untried.join(", ")), "koboshi alert test");
+        }
     }
 }
 

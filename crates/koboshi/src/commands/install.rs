@@ -12,6 +12,7 @@ use crate::config::{self, NodeHint};
 use crate::patient;
 use crate::places::{self, Places};
 use crate::print::{Exit, Printer, bytes};
+use crate::voice::Standing;
 use crate::{space, spare, step};
 use engine::Verdict;
 use host::clock::{self, Deadline};
@@ -247,13 +248,7 @@ fn lines(desk: &Desk, exe: &Path) -> Lines {
 fn tell(desk: &Desk, plan: &Plan, layers: &[readiness::Readiness]) -> Result<()> {
     let p = desk.printer;
     let places = &desk.places;
-    if desk.config.alert.is_empty() {
-        p.line(p.yellow("Nobody would be told of an emergency: no alert channel is configured."));
-        p.line(format!(
-            "  fix: add an [[alert]] to {}, then koboshi alert test",
-            places.config_file.display()
-        ));
-    }
+    Standing::of(&desk.config, places).warn(p, places);
     p.line(p.bold("Found"));
     let node = &plan.node;
     let version = node
@@ -547,6 +542,8 @@ mod tests {
         config.alert.clear();
         config.state_dir = None;
         config.run_dir = None;
+        config.language = None;
+        config.heartbeat.url = None;
         assert_eq!(value(&config), value(&Config::default()));
     }
 

@@ -57,7 +57,7 @@ pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
         Command::Key(KeyCommand::Export) => key::export(&desk()?),
         Command::Completions { shell } => generated::completions(*shell, printer),
         Command::Man { dir } => generated::man(dir, printer),
-        Command::Guard(_) | Command::Demo(_) | Command::Step { .. } => {
+        Command::Guard(_) | Command::Demo(_) | Command::Step { .. } | Command::Respond(_) => {
             Err(Error::new(Kind::Usage, "do this", "it is no command of this kind"))
         }
     }

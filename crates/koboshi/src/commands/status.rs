@@ -1,9 +1,10 @@
 //! `koboshi status`: one screen. With a running agent it is the agent's view; without one the node is looked at here.
 
 use super::desk::{Desk, Fields, ago, date, findings_json, newest_first, seconds, verdict_name, verdict_why};
-use super::{alerts, check, incidents, judging, readiness};
+use super::{check, incidents, judging, readiness};
 use crate::agent::status::Status;
 use crate::print::{Exit, bytes, duration};
+use crate::voice::Standing;
 use crate::{space, step};
 use engine::{Class, Verdict};
 use host::clock;
@@ -50,6 +51,9 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let layers = readiness::layers(desk, &node, &disk);
     let recent = incidents::newest(desk, INCIDENTS)?;
 
+    let told = Standing::of(&desk.config, &desk.places);
+    told.warn(desk.printer, &desk.places);
+    open_line(desk, status.as_ref());
     head(desk, &node, &verdict, fresh.as_ref());
     agent_lines(desk, agent, status.as_ref());
     let moved =
@@ -64,14 +68,10 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
     }
-    if let Some(open) = status.as_ref().and_then(|s| s.incident.as_ref()) {
-        let word = if open.emergency { "EMERGENCY" } else { "incident " };
-        desk.printer.line(format!("{word}  {}: {}; {}", open.id, open.cause, open.doing));
-    }
     desk.printer.line("layers");
     readiness::print(desk, &layers);
     snapshot_lines(desk, &kept);
-    told_lines(desk, &node);
+    told_lines(desk, &told);
     incident_lines(desk, &recent);
 
     let object = Fields::default()
@@ -87,9 +87,22 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("snapshots", kept_json(&kept))
         .put("findings", findings_json(&disk.findings))
         .put("alert_channels", desk.config.alert.len())
+        .put("alerts", told.json())
         .put("incidents", recent.iter().map(|o| incidents::json(o, false)).collect::<Vec<_>>());
     desk.printer.object(object.done());
     Ok(if emergency { Exit::Emergency } else { check::exit(&verdict) })
+}
+
+/// An open incident stands before everything else about the node.
+fn open_line(desk: &Desk, status: Option<&Status>) {
+    let p = desk.printer;
+    let Some(open) = status.and_then(|s| s.incident.as_ref()) else { return };
+    let word = if open.emergency { p.red("EMERGENCY") } else { p.yellow("incident ") };
+    p.line(format!("{word}  {}: {}", open.id, open.cause));
+    p.line(format!("           {}", open.doing));
+    if open.emergency {
+        p.line(format!("           why each layer failed: koboshi incidents show {}", open.id));
+    }
 }
 
 fn head(desk: &Desk, node: &Node, verdict: &Verdict, status: Option<&Status>) {
@@ -220,27 +233,18 @@ fn kept_json(kept: &Kept) -> Value {
         .done()
 }
 
-/// Who would be told. Whether a channel ever worked is remembered in the outbox.
-fn told_lines(desk: &Desk, node: &Node) {
+/// Who would be told, and since when that is known to work.
+fn told_lines(desk: &Desk, told: &Standing) {
+    let proven = told.proven.iter().map(|(name, at)| format!("{name} (worked {})", date(at)));
+    let untried = told.untried.iter().map(|name| format!("{name} (never tried: koboshi alert test)"));
+    let words: Vec<String> = proven.chain(untried).collect();
     let p = desk.printer;
-    if desk.config.alert.is_empty() {
-        p.line(format!(
-            "alerts     {}: only files on this machine are written",
-            p.yellow("nobody would be told")
-        ));
-        return;
+    if words.is_empty() {
+        let nobody = p.yellow("nobody would be told");
+        p.line(format!("alerts     {nobody}: only files and the journal of this machine are written"));
+    } else {
+        p.line(format!("alerts     {}", words.join(", ")));
     }
-    let outbox =
-        desk.places.outbox().is_dir().then(|| alert::Outbox::open(&desk.places.outbox()).ok()).flatten();
-    let words: Vec<String> = alerts::channels(desk, Some(&node.home))
-        .iter()
-        .filter(|c| !c.is_local())
-        .map(|c| match outbox.as_ref().and_then(|o| o.proven(c)) {
-            Some(at) => format!("{} (worked {})", c.name(), date(&at)),
-            None => format!("{} (never tried: koboshi alert test)", c.name()),
-        })
-        .collect();
-    p.line(format!("alerts     {}", words.join(", ")));
 }
 
 fn incident_lines(desk: &Desk, recent: &[incidents::One]) {

@@ -149,7 +149,7 @@ fn damage_that_nothing_mends_is_told_as_that_and_waiting_for_it_costs_nothing() 
         assert!(!deadline.passed(), "{}", told());
         std::thread::sleep(Duration::from_millis(100));
     }
-    assert!(told().contains("is damaged on disk; it still serves"), "{}", told());
+    assert!(told().contains("is damaged and still serves"), "{}", told());
     assert!(!told().contains("is down") && !told().contains("still down"), "{}", told());
 }
 

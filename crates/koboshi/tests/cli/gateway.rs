@@ -15,14 +15,9 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Starts one and waits until it has judged that the node serves.
     pub fn start(fake: &Fake) -> Agent {
-        let cmd = fake.command(&["guard"]);
-        let mut command = std::process::Command::new(&cmd.program);
-        command.args(&cmd.args).env_clear().envs(cmd.env);
-        let log = std::fs::File::create(fake.path("agent.log")).unwrap();
-        let child = command.stdin(std::process::Stdio::null()).stderr(log).spawn().unwrap();
-        let fd = ProcessId::of(child.id()).unwrap().open().unwrap();
-        let agent = Agent { child, fd };
+        let agent = Agent::launch(fake);
         let deadline = Deadline::after(PATIENCE);
         loop {
             let (object, _) = fake.json(&["status"]);
@@ -33,6 +28,23 @@ impl Agent {
             assert!(!deadline.passed() && !agent.fd.exited(), "{object}\n{}", log());
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Starts one and waits for nothing.
+    pub fn launch(fake: &Fake) -> Agent {
+        let cmd = fake.command(&["guard"]);
+        let mut command = std::process::Command::new(&cmd.program);
+        command.args(&cmd.args).env_clear().envs(cmd.env);
+        let log = std::fs::File::options().create(true).append(true).open(fake.path("agent.log")).unwrap();
+        let child = command.stdin(std::process::Stdio::null()).stderr(log).spawn().unwrap();
+        let fd = ProcessId::of(child.id()).unwrap().open().unwrap();
+        Agent { child, fd }
+    }
+
+    /// As a crash ends it: nothing is tidied up.
+    pub fn kill(self) {
+        self.fd.signal(rustix::process::Signal::KILL).unwrap();
+        assert!(self.fd.wait(Deadline::after(PATIENCE)));
     }
 }
 

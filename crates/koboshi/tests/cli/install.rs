@@ -13,7 +13,11 @@ fn install_and_uninstall_leave_the_node_exactly_as_it_was() {
     let before = fake.picture(OWN);
     let said = fake.koboshi(&["install", "--no-service"]);
     said.code(0).says("serving").says("First snapshot").says("is only read").says("at most");
-    assert!(said.out.starts_with("Nobody would be told"), "the first line warns: {}", said.out);
+    assert!(
+        said.out.starts_with("Nobody will be told of an emergency"),
+        "the first line warns: {}",
+        said.out
+    );
     same(&before, &fake.picture(OWN));
     assert_eq!(fake.gateway(), Some(gateway), "the same process, with the same start ticks");
     for file in ["state/node.json", "state/baseline.json", "keys/store.key"] {

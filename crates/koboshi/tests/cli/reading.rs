@@ -66,7 +66,14 @@ fn status_without_an_agent_says_that_nothing_guards() {
     let layers = object["layers"].as_array().unwrap();
     let ready = |name: &str| layers.iter().find(|l| l["layer"] == name).unwrap()["ready"].clone();
     assert_eq!((ready("restart"), ready("restore")), (json!(true), json!(false)));
-    fake.koboshi(&["status"]).code(0).says("not running").says("nobody would be told").says("none on record");
+    let said = fake.koboshi(&["status"]);
+    said.code(0).says("not running").says("nobody would be told").says("none on record");
+    assert!(
+        said.out.starts_with("Nobody will be told of an emergency"),
+        "the first line warns: {}",
+        said.out
+    );
+    assert_eq!(object["alerts"]["anybody"], false, "{object}");
 }
 
 #[test]
@@ -87,6 +94,12 @@ fn doctor_names_what_is_in_the_way() {
     assert_eq!(level("token"), "warns");
     assert_eq!(level("switch"), "ok");
     assert_eq!(level("runtime"), "ok");
+    let said = fake.koboshi(&["doctor"]);
+    assert!(
+        said.out.starts_with("Nobody will be told of an emergency"),
+        "the first line warns: {}",
+        said.out
+    );
     for finding in object["findings"].as_array().unwrap() {
         assert_eq!(finding["level"] == "ok", finding.get("fix").is_none(), "{finding}");
     }

@@ -45,9 +45,14 @@ pub(super) fn build(
 ) -> Result<Ready> {
     let deadline = bench.deadline;
     room(target, base)?;
+    let began = host::clock::now();
     let tools = Tools::get(target, order, place, registry, package, &base.join("tools"), deadline, report)?;
     let tarball = registry.fetch(package, stage::TARBALL_LIMIT_BYTES, deadline)?;
-    let question = lock::question(&package_json(package, &tarball)?);
+    let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
+    report.did(format!("tools and the program's own tarball are at hand after {took_s:.1} s"));
+    let json = package_json(package, &tarball)?;
+    let (brought, more) = brought(package, &json, &tarball)?;
+    let question = lock::question(&json, &more);
     let scratch = Scratch::make(base, place.builder, &registry.npmrc(), &question)?;
     let began = host::clock::now();
     let out = npm(&tools, &scratch, place, deadline.min(Deadline::after(order.npm_limit)))?;
@@ -61,8 +66,11 @@ pub(super) fn build(
         .hint("is the registry reachable from here, and fast enough?"));
     }
     // Its exit code is for people; what counts is its answer.
-    let packages = lock::answer(&scratch.dir.join("work/package-lock.json"), package)
+    let mut packages = lock::answer(&scratch.dir.join("work/package-lock.json"), package)
         .map_err(|e| Error { why: format!("{} (npm said: {})", e.why, words(&out)), ..e })?;
+    packages.retain(|p| brought.iter().all(|b| b.path != p.path));
+    packages.extend(brought);
+    packages.sort_by(|a, b| (a.depth, &a.path).cmp(&(b.depth, &b.path)));
     report.did(format!("npm chose {} packages in {took_s:.1} s", packages.len()));
     let began = host::clock::now();
     let to = place.stages.join("program");
@@ -92,6 +100,30 @@ fn package_json(package: &Package, tarball: &[u8]) -> Result<Value> {
     let bytes = read_file(&name, tarball, Path::new("package.json"), JSON_LIMIT_BYTES)?;
     serde_json::from_slice(&bytes)
         .map_err(|e| Error::new(Kind::Corrupt, format!("read what {} asks for", name.display()), e))
+}
+
+/// What a tarball brings along, and what that needs and is not brought: name and range.
+type Brought = (Vec<lock::Found>, Vec<(String, Value)>);
+
+/// The packages inside the program's own tarball.
+fn brought(package: &Package, json: &Value, tarball: &[u8]) -> Result<Brought> {
+    let name = PathBuf::from(format!("{}@{}", package.name, package.version));
+    let read = |path: &Path| read_file(&name, tarball, &path.join("package.json"), JSON_LIMIT_BYTES);
+    let (mut found, mut more) = (Vec::new(), Vec::new());
+    for one in lock::bundled(json) {
+        let path = Path::new("node_modules").join(&one);
+        let own: Value = serde_json::from_slice(&read(&path)?)
+            .map_err(|e| Error::new(Kind::Corrupt, format!("read what {one} is"), e))?;
+        let version = own.get("version").and_then(Value::as_str).unwrap_or_default().to_owned();
+        for (needs, range) in own.get("dependencies").and_then(Value::as_object).into_iter().flatten() {
+            let places = [path.join("node_modules").join(needs), Path::new("node_modules").join(needs)];
+            if places.iter().all(|p| read(p).is_err()) {
+                more.push((needs.clone(), range.clone()));
+            }
+        }
+        found.push(lock::Found { path, name: one, version, depth: 1, said: None });
+    }
+    Ok((found, more))
 }
 
 /// Memory and space, before anything is begun.
@@ -194,6 +226,7 @@ fn npm(tools: &Tools, scratch: &Scratch, place: &Place, deadline: Deadline) -> R
         env_clear: true,
         cwd: Some(scratch.dir.join("work")),
         ids: (place.builder != Ids::current()).then_some(place.builder),
+        ..Cmd::default()
     };
     run(&cmd, deadline)
 }

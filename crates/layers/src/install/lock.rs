@@ -48,20 +48,43 @@ impl Found {
 }
 
 /// What npm is asked: the program's own dependencies and nothing else of its `package.json` (its developers' tools, its
-/// overrides and its scripts are not what a global install looks at).
-pub(super) fn question(package_json: &Value) -> Value {
-    const ASKED: [&str; 8] = [
+/// overrides and its scripts are not what a global install looks at). What the program's tarball brings along is not
+/// asked for: a registry need not have it. What that in turn needs and does not bring, `more`, is.
+pub(super) fn question(package_json: &Value, more: &[(String, Value)]) -> Value {
+    const ASKED: [&str; 6] = [
         "name",
         "version",
         "dependencies",
         "optionalDependencies",
         "peerDependencies",
         "peerDependenciesMeta",
-        "bundleDependencies",
-        "bundledDependencies",
     ];
     let kept = ASKED.iter().filter_map(|key| Some(((*key).to_owned(), package_json.get(*key)?.clone())));
-    Value::Object(kept.collect())
+    let mut asked: serde_json::Map<String, Value> = kept.collect();
+    let brought = bundled(package_json);
+    for key in ["dependencies", "optionalDependencies", "peerDependencies"] {
+        if let Some(Value::Object(all)) = asked.get_mut(key) {
+            all.retain(|name, _| !brought.contains(name));
+        }
+    }
+    if let Some(Value::Object(all)) = asked.get_mut("dependencies") {
+        for (name, range) in more {
+            all.entry(name.clone()).or_insert_with(|| range.clone());
+        }
+    }
+    Value::Object(asked)
+}
+
+/// The packages that a package's own tarball brings along.
+pub(super) fn bundled(package_json: &Value) -> Vec<String> {
+    let list = |key: &str| package_json.get(key).and_then(Value::as_array);
+    let named = list("bundleDependencies").or_else(|| list("bundledDependencies")).into_iter().flatten();
+    let form = |name: &str| match name.strip_prefix('@').map(|n| n.split_once('/')) {
+        Some(Some((scope, name))) => is_name(scope) && is_name(name),
+        Some(None) => false,
+        None => is_name(name),
+    };
+    named.filter_map(Value::as_str).filter(|n| form(n)).take(PACKAGES_LIMIT).map(str::to_owned).collect()
 }
 
 /// Reads the answer. Parents come before children.
@@ -241,10 +264,15 @@ mod tests {
 
     #[test]
     fn only_what_a_global_install_looks_at_is_asked() {
-        let asked = question(&json!({
-            "name": "openclaw", "version": "1.0.0", "dependencies": {"a": "1"},
+        let program = json!({
+            "name": "openclaw", "version": "1.0.0", "dependencies": {"a": "1", "brought": "1"},
+            "bundleDependencies": ["brought", "../x"],
             "devDependencies": {"huge": "1"}, "overrides": {"a": "2"}, "scripts": {"postinstall": "x"}
-        }));
-        assert_eq!(asked, json!({"name": "openclaw", "version": "1.0.0", "dependencies": {"a": "1"}}));
+        });
+        let more = [("a".to_owned(), json!("9")), ("b".to_owned(), json!("2"))];
+        let asked = question(&program, &more);
+        let wanted = json!({"name": "openclaw", "version": "1.0.0", "dependencies": {"a": "1", "b": "2"}});
+        assert_eq!(asked, wanted);
+        assert_eq!(bundled(&program), ["brought"]);
     }
 }

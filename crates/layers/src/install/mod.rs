@@ -145,7 +145,10 @@ fn put(
 ) -> Result<Report> {
     let target = &if ready.runtime.is_some() { moved::with_own_runtime(target) } else { target.clone() };
     // A proof of the tree in its final place, for whoever looks at the disk later without any store.
+    let began = host::clock::now();
     let proof = Proof::of(&ready.program, &order.version)?;
+    let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
+    report.did(format!("a proof of it is taken in {took_s:.1} s"));
     // systemd would start the tree that is being replaced.
     quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, NEEDS, &mut report)?;

@@ -110,6 +110,7 @@ impl Trial<'_> {
             env_clear: true,
             cwd: Some(self.scratch.dir.join("trial")),
             ids: (self.place.builder != Ids::current()).then_some(self.place.builder),
+            ..Cmd::default()
         }
     }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 /// A sudo that has not ended by then hangs.
 const SUDO_HANGS: Duration = Duration::from_secs(3);
 /// A gateway's start on a machine that is busy with other scenarios.
-const START: Duration = Duration::from_secs(300);
+const START: Duration = Duration::from_secs(900);
 /// The same for anything over the network.
 const NET_HANGS: Duration = Duration::from_secs(4);
 
@@ -47,14 +47,17 @@ pub(super) fn sudo_gates(play: &mut Play) -> Result<(), String> {
 /// Registry and receiver.
 pub(super) fn services(play: &mut Play) -> Result<(), String> {
     let host = play.plain("n1")?;
-    let version = play.version();
+    let (version, zod) = (play.recorded("openclaw")?, play.recorded("zod")?);
     let document = format!("curl -sS --max-time 3 -o /dev/null -w '%{{http_code}}' {URL}/openclaw/{version}");
-    let tarball = format!("curl -sS --max-time 8 {URL}/openclaw/-/openclaw-{version}.tgz | sha256sum");
+    let fetch = |limit_s: u32| {
+        format!("curl -sS --max-time {limit_s} {URL}/openclaw/-/openclaw-{version}.tgz | sha256sum")
+    };
+    let tarball = fetch(50);
     let npm = |host: &Host| {
-        host.claw_within(
-            "rm -rf t .npm && mkdir t && cd t && npm install --fetch-retries=0 --fetch-timeout=2000 zod 2>&1",
-            Duration::from_secs(60),
-        )
+        let script = format!(
+            "rm -rf t .npm && mkdir t && cd t && npm install --fetch-retries=0 --fetch-timeout=2000 zod@{zod} 2>&1"
+        );
+        host.claw_within(&script, Duration::from_secs(60))
     };
     let whole = host.must(&tarball)?;
     let answered = host.must(&document)?;
@@ -80,7 +83,7 @@ pub(super) fn services(play: &mut Play) -> Result<(), String> {
         play.claim(!out.ok() && !out.timed_out, &format!("{mode:?}: npm fails"), || out.words());
     }
     play.registry()?.set(Mode::Slow(100_000));
-    let out = host.root(&tarball)?;
+    let out = host.root(&fetch(8))?;
     play.registry()?.set(Mode::Good);
     play.claim(out.took > Duration::from_secs(7), "Slow: the tarball does not arrive in 8 s", || out.words());
     let out = host.must(&tarball)?;

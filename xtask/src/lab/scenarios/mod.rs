@@ -1,5 +1,6 @@
 //! The scenarios, those that take longest first. Each has one line that says what it proves; `docs/lab.md` says more.
 
+mod install;
 mod parts;
 mod systemd;
 
@@ -28,6 +29,16 @@ const fn full(
 
 /// All of them.
 pub(crate) const ALL: &[Scenario] = &[
+    ci(
+        "reinstall",
+        "no store, no program, no unit: layer 2 makes all of it anew from the registry",
+        install::again,
+    ),
+    ci(
+        "displaced",
+        "no way to the node's own prefix: layer 3 runs it from its user's, over a reboot too",
+        install::displaced,
+    ),
     full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
     full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),
     ci(

@@ -1,0 +1,117 @@
+//! Layers 2 and 3 under a real systemd, from the lab's own registry: what heals when no snapshot can.
+
+use crate::lab::host::Host;
+use crate::lab::judge;
+use crate::lab::koboshi::{Before, Home, Koboshi};
+use crate::lab::{Play, Unit};
+use std::time::Duration;
+
+/// A gateway's start on a machine that is busy with other scenarios.
+const START: Duration = Duration::from_secs(300);
+/// A climb ends within its 600 s.
+const CLIMB: Duration = Duration::from_secs(600);
+/// An incident is closed once the node was confirmed for some seconds.
+const CLOSE: Duration = Duration::from_secs(120);
+
+/// A serving node with a settled koboshi.
+fn guarded(play: &mut Play, koboshi: Koboshi, unit: Unit) -> Result<(Host, Before), String> {
+    let host = play.node("n1", unit)?;
+    judge::serves_within(&host, START)?;
+    koboshi.install(&host, true)?;
+    if let Err(why) = koboshi.settled(&host) {
+        play.remember(&host);
+        return Err(why);
+    }
+    let before = Before::take(&host)?;
+    Ok((host, before))
+}
+
+/// Empties every file of the store: no snapshot can be read any more.
+fn no_store(host: &Host, dir: &str) -> Result<(), String> {
+    host.must(&format!("find {dir}/store -type f -exec truncate -s 0 {{}} +")).map(drop)
+}
+
+/// Takes the program away from one moment to the next, with a spare if there is one, and ends the gateway.
+fn no_program(host: &Host, unit: Unit) -> Result<(), String> {
+    let package = unit.package();
+    let pid = host.unit(unit, "MainPID")?;
+    host.must(&format!(
+        "mv {package} /root/program.gone; rm -rf {package}/../../.koboshi-spare; kill -9 {pid}; rm -rf /root/program.gone"
+    ))
+    .map(drop)
+}
+
+/// The layer that the last incident was healed by.
+fn healed(play: &mut Play, koboshi: Koboshi, host: &Host, layer: &str) -> Result<(), String> {
+    koboshi.wait(host, CLOSE, "a closed incident", |s| s["incident"].is_null() && s["confirmed"] == true)?;
+    let all = koboshi.incidents(host)?;
+    let last = all.last().cloned().unwrap_or_default();
+    let right = last["outcome"] == "recovered" && last["layer"] == layer;
+    play.claim(right, &format!("{layer} healed it"), || last.to_string());
+    Ok(())
+}
+
+fn kept<T>(play: &mut Play, host: &Host, result: Result<T, String>) -> Result<(), String> {
+    if result.is_err() || play.count.failed > 0 {
+        play.remember(host);
+    }
+    result.map(drop)
+}
+
+/// No store, no program, and the unit's own file gone too: layer 2 as root for a user's node.
+pub(super) fn again(play: &mut Play) -> Result<(), String> {
+    let root = Koboshi(Home::Root);
+    let (host, before) = guarded(play, root, Unit::User)?;
+    let result = (|| {
+        no_store(&host, "/var/lib/koboshi")?;
+        let unit = "/home/claw/.config/systemd/user/openclaw-gateway.service";
+        let was = host.must(&format!("cat {unit}"))?;
+        host.must(&format!("rm {unit}"))?;
+        no_program(&host, Unit::User)?;
+        before.righted(play, &host, "no store, no program, no unit", CLIMB)?;
+        healed(play, root, &host, "system-install")?;
+        let owner = host.must(&format!("stat -c %U {}/package.json", Unit::User.package()))?;
+        play.claim(owner == "claw", "the program belongs to its user", || owner.clone());
+        let now = host.must(&format!("cat {unit}"))?;
+        play.claim(now == was, "the unit is the owner's own again", || now.clone());
+        let enabled = host.unit(Unit::User, "UnitFileState")?;
+        play.claim(enabled == "enabled", "and enabled", || enabled.clone());
+        let command = host.claw("openclaw --version")?;
+        play.claim(command.ok(), "`openclaw` runs", || command.words());
+        Ok(())
+    })();
+    kept(play, &host, result)
+}
+
+/// The prefix cannot be written to and sudo is not permitted: layer 3.
+pub(super) fn displaced(play: &mut Play) -> Result<(), String> {
+    let claw = Koboshi(Home::Claw);
+    let (mut host, before) = guarded(play, claw, Unit::User)?;
+    let result = (|| {
+        no_store(&host, "/home/claw/.local/state/koboshi")?;
+        host.must("rm -f /etc/sudoers.d/*; chown root: /home/claw/.npm-global/lib /home/claw/.npm-global/lib/node_modules")?;
+        no_program(&host, Unit::User)?;
+        before.righted(play, &host, "no store, no program, no way home", CLIMB)?;
+        healed(play, claw, &host, "user-install")?;
+        let status = claw.ask(&host, "status")?;
+        let from = status["displaced_from"].as_str().unwrap_or_default().to_owned();
+        play.claim(from == "/home/claw/.npm-global", "`status` says that it is displaced", || {
+            status.to_string()
+        });
+        let linger = host.root("test -e /var/lib/systemd/linger/claw")?;
+        play.claim(linger.ok(), "its user lingers", || linger.words());
+        let runs = host.must("runuser -l claw -c 'readlink -f $(command -v openclaw)'")?;
+        play.claim(
+            runs == "/home/claw/.local/bin/openclaw",
+            "a login shell finds the program that serves",
+            || runs.clone(),
+        );
+        host.reboot()?;
+        judge::serves_within(&host, START)?;
+        play.claim(host.gateways()?.len() == 1, "it comes up after a reboot, once", || {
+            "it does not".to_owned()
+        });
+        Ok(())
+    })();
+    kept(play, &host, result)
+}

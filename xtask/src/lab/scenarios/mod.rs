@@ -2,6 +2,7 @@
 
 mod install;
 mod parts;
+mod peers;
 mod systemd;
 
 use super::Play;
@@ -63,6 +64,11 @@ pub(crate) const ALL: &[Scenario] = &[
     ci("sudo-gates", "each broken state of sudo is real and answers as expected", parts::sudo_gates),
     ci("services", "registry and alert receiver fail in every way they can", parts::services),
     ci("network", "hosts reach each other by ssh, and every cut is one", parts::network),
+    full(
+        "peer-copy",
+        "program gone and store corrupt: a peer lends what is missing, and nothing else",
+        peers::copy,
+    ),
     full("donor", "a peer with a node and an identity of its own, reached by ssh", parts::donor),
     full("disks", "a full disk is full, a corrupt store is corrupt", parts::disks),
 ];

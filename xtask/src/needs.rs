@@ -19,7 +19,7 @@ const PROGRAMS: [Program; 2] = [
     ("git", "git", "the tidy checks read what is in the repository"),
 ];
 /// What the tests that only root can run need besides.
-const ROOT_PROGRAMS: [Program; 9] = [
+const ROOT_PROGRAMS: [Program; 10] = [
     ("mount", "mount", "root-only tests mount an overlay"),
     ("unshare", "util-linux", "root-only tests use namespaces of their own"),
     ("mmdebstrap", "mmdebstrap", "the lab's hosts are made of Debian's packages"),
@@ -29,6 +29,7 @@ const ROOT_PROGRAMS: [Program; 9] = [
     ("ip", "iproute2", "the lab's hosts have a switch of their own"),
     ("nft", "nftables", "the lab cuts their network"),
     ("ssh-keygen", "openssh-client", "each host has keys of its own"),
+    ("sshd", "openssh-server", "peers lend their programs over it"),
 ];
 
 /// Makes sure of what the tests need. A thing that cannot be had counts as a failure.
@@ -50,8 +51,10 @@ pub(crate) fn is_root() -> bool {
 }
 
 fn on_path(program: &str) -> bool {
-    let Some(path) = std::env::var_os("PATH") else { return false };
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // What only root runs lies where not everybody looks.
+    let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    places.into_iter().any(|dir: std::path::PathBuf| dir.join(program).is_file())
 }
 
 fn install(missing: &[Program]) -> bool {

@@ -217,7 +217,40 @@ pub fn load(file: &Path) -> Result<Config> {
         merge(&mut merged, table);
     }
     let config: Config = merged.try_into().map_err(|e| explain(file, &e))?;
+    sensible(file, &config)?;
     Ok(config)
+}
+
+/// Numbers that parse and contradict each other, or that no clock can count.
+fn sensible(file: &Path, config: &Config) -> Result<()> {
+    /// Ten years: longer than any host keeps its promises.
+    const MOST_S: u64 = 10 * 366 * 24 * 3600;
+    let wrong = |why: String, hint: &str| {
+        Err(Error::new(Kind::Usage, format!("read the configuration {}", file.display()), why)
+            .hint(hint.to_owned()))
+    };
+    let b = &config.backup;
+    if b.state_every_least_s > b.state_every_most_s {
+        return wrong(
+            format!(
+                "[backup] state_every_least_s ({}) is more than state_every_most_s ({})",
+                b.state_every_least_s, b.state_every_most_s
+            ),
+            "make the least the smaller of the two",
+        );
+    }
+    let all = [
+        ("state_every_most_s", b.state_every_most_s),
+        ("settle_s", b.settle_s),
+        ("stale_after_s", b.stale_after_s),
+    ];
+    match all.into_iter().find(|(_, value)| *value > MOST_S) {
+        Some((name, value)) => wrong(
+            format!("[backup] {name} is {value} seconds, which is more than ten years"),
+            "give it in seconds",
+        ),
+        None => Ok(()),
+    }
 }
 
 fn fragments(file: &Path) -> Result<Vec<PathBuf>> {
@@ -279,6 +312,25 @@ fn nearest(message: &str) -> Option<String> {
         .min_by_key(|(distance, _)| *distance)
         .filter(|(distance, valid)| *distance <= valid.len().max(wrong.len()) / 2)
         .map(|(_, valid)| valid.to_owned())
+}
+
+#[cfg(test)]
+mod contradictions {
+    use super::*;
+
+    #[test]
+    fn numbers_that_contradict_each_other_are_one_clear_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("koboshi.toml");
+        std::fs::write(&file, "[backup]\nstate_every_most_s = 600\n").unwrap();
+        let e = load(&file).unwrap_err();
+        assert_eq!(e.kind, Kind::Usage);
+        assert!(e.why.contains("state_every_least_s (900)"), "{e}");
+        std::fs::write(&file, "[backup]\nsettle_s = 99999999999999999\n").unwrap();
+        assert!(load(&file).unwrap_err().why.contains("settle_s"));
+        std::fs::write(&file, "[backup]\nstate_every_least_s = 5\nstate_every_most_s = 8\n").unwrap();
+        assert!(load(&file).is_ok());
+    }
 }
 
 #[cfg(test)]

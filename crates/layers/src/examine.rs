@@ -460,11 +460,12 @@ mod tests {
     #[test]
     fn what_only_the_living_gateway_holds_is_mendable_without_any_snapshot() {
         let dir = tempfile::tempdir().unwrap();
-        let node = node(dir.path());
+        let mut node = node(dir.path());
         let db = node.state_db();
         std::fs::create_dir_all(db.parent().unwrap()).unwrap();
         std::fs::write(&db, b"rows").unwrap();
-        // This very process plays the gateway.
+        // This very process plays the gateway, and is the node's by what it runs.
+        node.node_bin = std::env::current_exe().unwrap().canonicalize().unwrap();
         let us = host::process::ProcessId::current().unwrap();
         let lock = node::lock::path(&node.state_dir, node.ids.uid);
         std::fs::create_dir_all(lock.parent().unwrap()).unwrap();

@@ -234,10 +234,33 @@ impl Node {
         lock::read(self).filter(|l| l.id.alive())
     }
 
-    /// The running gateway by its lock, if its uid is the node's.
+    /// The running gateway by its lock, if its uid is the node's and something besides the lock says that it is ours: a
+    /// lock is a file of the node's user, and its word alone must never get somebody's process killed.
     #[must_use]
     pub fn gateway(&self) -> Option<ProcessId> {
-        self.lock().filter(|l| l.trusted_by(self)).map(|l| l.id)
+        self.lock().filter(|l| l.trusted_by(self)).map(|l| l.id).filter(|id| self.owns(*id))
+    }
+
+    /// Whether a process is this node's gateway by what it runs, by the unit it lives in or by the port it holds.
+    #[must_use]
+    pub fn owns(&self, process: ProcessId) -> bool {
+        let runs_our_node = match (process.exe(), self.node_bin.canonicalize()) {
+            (Some(exe), Ok(ours)) => exe == ours,
+            // The binary was replaced or taken away under the running process.
+            (Some(exe), Err(_)) => {
+                exe.to_string_lossy().strip_suffix(" (deleted)").map(Path::new) == Some(&self.node_bin)
+            }
+            (None, _) => false,
+        };
+        let in_our_unit = || {
+            let unit = self.unit.as_ref().map(|u| u.name.as_str());
+            process.cgroup().is_some_and(|c| c.split('/').any(|part| Some(part) == unit))
+        };
+        runs_our_node
+            || in_our_unit()
+            || host::process::listeners(self.port)
+                .iter()
+                .any(|l| host::process::owner_of(l, &[process.pid]).is_some_and(|owner| owner == process))
     }
 }
 

@@ -114,27 +114,28 @@ fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
     found
 }
 
-/// Tries the main file with each of the logs and without one; the first that folds and passes its check is taken. When
-/// none does, the bytes are kept as they are, main file and logs side by side: they may be the last ones there are, and
-/// somebody may yet read them.
+/// Tries the main file with each of its logs, or alone where it has none; the first that folds and passes its check is
+/// taken. A main file without a log that belongs to it would silently lack the newest rows, so it is never taken alone
+/// then. When none folds, the bytes are kept as they are, main file and logs side by side: they may be the last ones there
+/// are, and somebody may yet read them. Without room or time for that it is an error, and the gateway lives on.
 fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>> {
     let mut last = None;
-    for log in logs.iter().map(|l| Some(*l)).chain([None]) {
-        // A log that belongs to the file and is left out would silently lose the newest rows.
-        if log.is_none() && !logs.is_empty() && last.is_none() {
-            continue;
-        }
+    let with: Vec<Option<&Deleted>> =
+        if logs.is_empty() { vec![None] } else { logs.iter().map(|l| Some(*l)).collect() };
+    for log in with {
         match one(main, log, to) {
             Ok(saved) => return Ok(Some(saved)),
             Err(e) => {
                 let _ = remove_set(to);
+                if matches!(e.kind, Kind::NoSpace | Kind::TimedOut) {
+                    return Err(e);
+                }
                 last = Some(e);
             }
         }
     }
     match last {
-        Some(e) if !matches!(e.kind, Kind::NoSpace | Kind::TimedOut) => raw(main, logs, to).map(|()| None),
-        Some(e) => Err(e),
+        Some(_) => raw(main, logs, to).map(|()| None),
         None => Ok(None),
     }
 }

@@ -78,6 +78,8 @@ impl Field {
         let bystander = self.bystander();
         for (name, test) in tests::ALL {
             if !only.is_empty() && !only.contains(&name) {
+                self.skipped
+                    .push((name, "not asked for, or only part of `cargo xtask test --full`".to_owned()));
                 continue;
             }
             println!("-- {name}");

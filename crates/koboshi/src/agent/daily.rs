@@ -82,6 +82,8 @@ pub struct Daily {
     scrub_at: Option<Moment>,
     deliver_at: Option<Moment>,
     state_at: Moment,
+    /// State is due and waits for a look that finds the node whole.
+    state_wanted: bool,
     state_cost_ms: f64,
     state_seen: Option<u64>,
     config_seen: Option<u64>,
@@ -111,6 +113,7 @@ impl Daily {
             scrub_at: None,
             deliver_at: Some(now),
             state_at: now,
+            state_wanted: false,
             state_cost_ms: 0.0,
             state_seen: None,
             config_seen: None,
@@ -173,7 +176,7 @@ impl Daily {
             due.extend(self.tidy_at);
             due.extend(self.scrub_at);
             due.extend(self.contacts_at);
-            due.push(self.state_at);
+            due.extend((!self.state_wanted).then_some(self.state_at));
         }
         if self.delivery.is_none() {
             due.extend(self.deliver_at);
@@ -321,7 +324,7 @@ impl Agent {
                     "snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"
                 ));
                 self.daily.trouble = None;
-                self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s * 1000));
+                self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s.saturating_mul(1000)));
                 self.daily.state_cost_ms = wall_ms;
                 self.state_next(now);
             }
@@ -522,17 +525,29 @@ impl Agent {
         }
     }
 
-    fn state_due(&self, now: Moment, state_now: u64) -> bool {
-        past(now, self.daily.state_at) && self.daily.state_seen.is_some_and(|seen| seen != state_now)
+    /// Whether state is due and was written since it was last taken. An agent that has not taken any yet does not know
+    /// what was written before it lived: it takes a copy.
+    fn state_due(&mut self, now: Moment, state_now: u64) -> bool {
+        if !past(now, self.daily.state_at) {
+            return false;
+        }
+        self.daily.state_wanted = false;
+        if self.daily.state_seen == Some(state_now) {
+            self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s.saturating_mul(1000));
+            return false;
+        }
+        true
     }
 
     /// When state may be taken again: at least a hundred times its last cost later.
     fn state_next(&mut self, now: Moment) {
         let backup = &self.config.backup;
         let by_cost = (self.daily.state_cost_ms * STATE_COST_SHARE) as u64;
-        let wait_ms =
-            by_cost.clamp(backup.state_every_least_s * 1000, backup.state_every_most_s.saturating_mul(1000));
+        let least_ms = backup.state_every_least_s.saturating_mul(1000);
+        let most_ms = backup.state_every_most_s.saturating_mul(1000).max(least_ms);
+        let wait_ms = by_cost.clamp(least_ms, most_ms);
         self.daily.state_at = now.plus_ms(wait_ms);
+        self.daily.state_wanted = false;
         self.daily.state_seen = Some(stamp(&self.state_files()));
     }
 
@@ -630,8 +645,9 @@ impl Agent {
             (Job::Examine, Work::Examine { care: Care::Quick }, EXAMINE_LIMIT)
         } else if self.scrub_due(now, serving) {
             (Job::Scrub, Work::Scrub, SCRUB_LIMIT)
-        } else if past(now, self.daily.state_at) {
-            self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s * 1000);
+        } else if past(now, self.daily.state_at) && !self.daily.state_wanted {
+            // A copy is taken after a look that finds the node whole, and by that look: see `backups`.
+            self.daily.state_wanted = true;
             self.daily.examine_at = now;
             return;
         } else {
@@ -675,7 +691,7 @@ impl Agent {
     fn served_for_settling(&self, now: Moment) -> bool {
         self.serving_since
             .and_then(|since| now.since_ms(since))
-            .is_some_and(|ms| ms >= self.config.backup.settle_s * 1000)
+            .is_some_and(|ms| ms >= self.config.backup.settle_s.saturating_mul(1000))
     }
 
     /// The classes of a snapshot that may be taken now: a program that lies there and never ran is not taken where an

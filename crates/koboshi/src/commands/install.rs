@@ -513,7 +513,7 @@ mod tests {
                 let setting = bare.contains(" = ")
                     && !key.is_empty()
                     && key.chars().all(|c| c.is_ascii_lowercase() || c == '_');
-                if setting || bare == "[[alert]]" { bare } else { "" }
+                if setting || bare.starts_with("[[") { bare } else { "" }
             })
             .zip(EXAMPLE.lines())
             .map(|(setting, line)| if line.starts_with('[') { line } else { setting })
@@ -539,7 +539,9 @@ mod tests {
         assert!(config.node.unit.is_some() && config.state_dir.is_some());
         // What has no default shows an example instead.
         config.node = NodeHint::default();
+        assert_eq!(config.peer.len(), 1, "{text}");
         config.alert.clear();
+        config.peer.clear();
         config.state_dir = None;
         config.run_dir = None;
         config.language = None;

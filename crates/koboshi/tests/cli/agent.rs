@@ -153,6 +153,43 @@ fn damage_that_nothing_mends_is_told_as_that_and_waiting_for_it_costs_nothing() 
     assert!(!told().contains("is down") && !told().contains("still down"), "{}", told());
 }
 
+#[test]
+fn state_that_goes_on_changing_is_taken_again_and_again_and_by_the_next_agent_too() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nstate_every_least_s = 1\nstate_every_most_s = 2\nsettle_s = 1\n");
+    fake.start_gateway();
+    let taken = |fake: &Fake| {
+        let (object, _) = fake.json(&["snapshot", "list"]);
+        let all = object["snapshots"].as_array().cloned().unwrap_or_default();
+        all.iter().filter(|s| s["note"] == "daily operation").count()
+    };
+    let next = |fake: &Fake, n: usize| {
+        let before = taken(fake);
+        std::fs::create_dir_all(fake.state().join("credentials")).unwrap();
+        std::fs::write(fake.state().join(format!("credentials/{n}")), "new").unwrap();
+        let deadline = Deadline::after(PATIENCE);
+        while taken(fake) <= before {
+            let log = std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
+            assert!(!deadline.passed(), "change {n} was never taken\n{log}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let agent = Agent::start(&fake);
+    until(&fake, "settled", |s| s["agent"]["settled"] == true);
+    next(&fake, 1);
+    next(&fake, 2);
+    agent.kill();
+    // What was written while no agent lived is taken by the next one.
+    std::fs::write(fake.state().join("credentials/3"), "new").unwrap();
+    let before = taken(&fake);
+    let _agent = Agent::start(&fake);
+    let deadline = Deadline::after(PATIENCE);
+    while taken(&fake) <= before {
+        assert!(!deadline.passed(), "what changed without an agent was never taken");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 /// CPU time of the agent itself and of its steps that ended, over three seconds.
 fn cpu_of_three_seconds(agent: ProcessId) -> u64 {
     let used = || {

@@ -30,12 +30,12 @@ const fn full(
 
 /// All of them.
 pub(crate) const ALL: &[Scenario] = &[
-    ci(
+    full(
         "reinstall",
         "no store, no program, no unit: layer 2 makes all of it anew from the registry",
         install::again,
     ),
-    ci(
+    full(
         "displaced",
         "no way to the node's own prefix: layer 3 runs it from its user's, over a reboot too",
         install::displaced,

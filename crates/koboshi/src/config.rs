@@ -206,6 +206,7 @@ pub fn load(file: &Path) -> Result<Config> {
     let mut merged = toml::Table::new();
     for fragment in fragments(file)? {
         let bytes = files::read_bounded(&fragment, MAX_FILE_BYTES)
+            .map_err(|e| Error { kind: Kind::Usage, ..e })
             .map_err(|e| e.hint(format!("make {} a readable text file, or remove it", fragment.display())))?;
         let text = String::from_utf8(bytes).map_err(|e| {
             Error::new(Kind::Usage, format!("read the configuration {}", fragment.display()), e)

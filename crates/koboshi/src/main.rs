@@ -42,15 +42,16 @@ fn main() -> ExitCode {
 
 /// A command line that is not understood; under `--json` that too is one object.
 fn usage(e: &clap::Error) -> ExitCode {
-    let help = matches!(
-        e.kind(),
-        clap::error::ErrorKind::DisplayHelp
-            | clap::error::ErrorKind::DisplayVersion
-            | clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
-    );
+    use clap::error::ErrorKind::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
+    let help = matches!(e.kind(), DisplayHelp | DisplayVersion);
     if !help && std::env::args().any(|a| a == "--json") {
         let why = e.to_string();
-        let first = why.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        let first = if e.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
+            // What clap says here is the whole help.
+            "a subcommand is missing".to_owned()
+        } else {
+            why.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+        };
         Printer::new(true)
             .error(&Error::new(Kind::Usage, "read the command line", first).hint("koboshi --help"));
         return ExitCode::from(Exit::Usage.code());

@@ -465,10 +465,15 @@ fn over(desk: &Desk, state: &State) -> Result<Option<Done>> {
     Ok(match &incident.stage {
         Stage::Fresh | Stage::Climbing(_) => None,
         Stage::Holding(hold) => match hold.kind {
-            HoldKind::Emergency => Some(none(
-                Outcome::Emergency,
-                "every layer failed; a running agent goes on trying by itself".to_owned(),
-            )),
+            HoldKind::Emergency => Some(Done {
+                incident: Some(incident.id),
+                // It has been down since the incident opened, and is.
+                down_ms: clock::now().since_ms(incident.opened).unwrap_or(0),
+                ..none(
+                    Outcome::Emergency,
+                    "every layer failed; a running agent goes on trying by itself".to_owned(),
+                )
+            }),
             HoldKind::Latent => Some(none(
                 Outcome::Failed,
                 format!("it serves, but could not be repaired in place: {}", incident.cause),

@@ -111,11 +111,21 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.node(),
             places.baseline(),
             places.will(),
+            places.contacts(),
+            places.scrub(),
+            places.known_programs(),
         ]);
         let own = |name: &str| {
-            ["journal.", "gateway.log", "alerts", "key-exported", "agent.log"]
-                .iter()
-                .any(|p| name.starts_with(p))
+            let made = [
+                "journal.",
+                "gateway.log",
+                "alerts",
+                "key-exported",
+                "agent.log",
+                "proof.json",
+                "exchanged.json",
+            ];
+            made.iter().any(|p| name.starts_with(p))
         };
         all.extend(names(&places.state_dir).filter(|n| own(n)).map(|n| places.state_dir.join(n)));
     }

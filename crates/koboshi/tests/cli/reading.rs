@@ -157,3 +157,24 @@ fn alert_test_reaches_nobody_without_a_channel_and_says_so() {
     let channels = object["channels"].as_array().unwrap();
     assert!(channels.iter().all(|c| c["local"] == true && c["accepted"] == true), "{object}");
 }
+
+#[test]
+fn a_command_line_that_stops_too_early_is_one_object_too() {
+    let fake = Fake::new();
+    for group in ["incidents", "snapshot", "node", "alert", "key", "fleet"] {
+        let (object, code) = fake.json(&[group]);
+        assert_eq!(code, 2, "{group}");
+        assert!(
+            object["error"]["why"].as_str().is_some_and(|w| w.contains("subcommand")),
+            "{group}: {object}"
+        );
+    }
+}
+
+#[test]
+fn a_configuration_that_is_no_file_is_a_usage_error() {
+    let fake = Fake::new();
+    std::fs::remove_file(fake.config()).unwrap();
+    std::fs::create_dir(fake.config()).unwrap();
+    fake.koboshi(&["status"]).code(2).says("koboshi.toml").says("fix:");
+}

@@ -227,6 +227,9 @@ pub struct Judge {
     /// The process that has been seen up; until then it is starting.
     up: Option<ProcessId>,
     timer: Option<Timer>,
+    /// Since when it has neither been confirmed nor been about anything that may take long. A node that fails in ever new
+    /// ways begins every other timer anew; this one goes on.
+    unsteady: Option<Moment>,
     good: Option<Good>,
     /// The last hello of this process, and when.
     hello: Option<(ProcessId, Moment, HelloResult)>,
@@ -247,6 +250,7 @@ impl Judge {
             started: None,
             up: None,
             timer: None,
+            unsteady: None,
             good: None,
             hello: None,
             identity: None,
@@ -282,6 +286,7 @@ impl Judge {
         self.started = Some(at);
         self.up = None;
         self.timer = None;
+        self.unsteady = None;
         self.good = None;
         self.hello = None;
         self.identity = None;
@@ -675,6 +680,7 @@ impl Judge {
         let confirmed = held && count >= self.limits.confirm_probes && hello.is_some() && identified;
         self.steady = confirmed;
         if confirmed {
+            self.unsteady = None;
             self.started = None;
             self.up = process;
         }
@@ -707,7 +713,8 @@ impl Judge {
         };
         self.note_progress(&mut timer, marks);
         self.timer = Some(timer);
-        let verdict = match self.expired(&timer, look) {
+        let late = self.expired(&timer, look).or_else(|| self.never_steady(reason, look));
+        let verdict = match late {
             None => Verdict::Inconclusive { why: why.clone() },
             Some(late) => Verdict::NotServing {
                 why: if late.is_empty() { why.clone() } else { format!("{why} {late}") },
@@ -771,6 +778,33 @@ impl Judge {
     }
 
     /// `Some` when the reason's limit has run out, with what to add to the sentence.
+    /// Whether it has been neither well nor excused for as long as anything is ever waited for.
+    fn never_steady(&mut self, reason: Reason, look: &Look) -> Option<String> {
+        match reason {
+            Reason::Starting | Reason::Draining | Reason::UpdateDown => {
+                self.unsteady = None;
+                None
+            }
+            // Nothing was learnt about the node.
+            Reason::OurSide => None,
+            Reason::Stopped
+            | Reason::NoAnswer
+            | Reason::Stranger
+            | Reason::WrongAnswer
+            | Reason::WrongProcess
+            | Reason::WrongVersion
+            | Reason::HelloFailed
+            | Reason::TokenRefused
+            | Reason::Unready
+            | Reason::Amnesia
+            | Reason::Gone => {
+                let lasted = elapsed(look, *self.unsteady.get_or_insert(look.at));
+                (lasted >= self.limits.busy_ms.max(self.limits.turn_ms))
+                    .then(|| format!("and it has not served steadily for {} s", lasted / 1000))
+            }
+        }
+    }
+
     fn expired(&self, timer: &Timer, look: &Look) -> Option<String> {
         let limits = &self.limits;
         let lasted = elapsed(look, timer.since);

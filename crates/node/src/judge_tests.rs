@@ -358,6 +358,42 @@ fn a_stall_of_a_busy_node_is_no_verdict() {
 }
 
 #[test]
+fn a_node_that_fails_in_ever_new_ways_is_not_waited_for_for_ever() {
+    let strange = |ms| {
+        let mut look = good(ms);
+        look.health = Health::Wrong { why: "HTML".into() };
+        look
+    };
+    // Seven seconds of silence, seven of strange answers, one good look: no single limit is ever reached.
+    let mut judge = settled();
+    let mut ended = None;
+    for s in 7..2_000_u64 {
+        let look = match s % 15 {
+            0 => good(s * 1_000),
+            1..=7 => silent(s * 1_000, s * 100),
+            _ => strange(s * 1_000),
+        };
+        if let Verdict::NotServing { why } = judge.observe(&look).verdict {
+            ended = Some((s, why));
+            break;
+        }
+    }
+    let (s, why) = ended.expect("a verdict");
+    assert!((900..=925).contains(&s) && why.contains("steadily"), "{s} s: {why}");
+    // The same with a confirmed minute in between is a node with hiccups.
+    let mut judge = settled();
+    for s in 7..4_000_u64 {
+        let look = match s % 600 {
+            0..=60 => good(s * 1_000),
+            _ if s % 2 == 0 => silent(s * 1_000, s * 100),
+            _ => strange(s * 1_000),
+        };
+        let verdict = judge.observe(&look).verdict;
+        assert!(!matches!(verdict, Verdict::NotServing { .. }), "{s}: {verdict:?}");
+    }
+}
+
+#[test]
 fn work_that_leaves_a_trace_is_no_spin() {
     type Case = (&'static str, fn(&mut Look, u64));
     let traces: [Case; 3] = [

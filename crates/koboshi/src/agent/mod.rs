@@ -111,6 +111,8 @@ pub struct Agent {
     bare_stop: Option<Moment>,
     bare_stops: Vec<Moment>,
     told_left_alone: bool,
+    /// Notices of the judge that went out, and when.
+    passed_on: Vec<(alert::Notice, Moment)>,
     first_good: Option<Moment>,
     published: Option<(Moment, Status)>,
     /// Orders may be waiting: some lay there before this agent began, and a watched directory says when more come.
@@ -207,6 +209,7 @@ impl Agent {
             bare_stop: None,
             bare_stops: Vec::new(),
             told_left_alone: false,
+            passed_on: Vec::new(),
             first_good: None,
             published: None,
             ordered: true,
@@ -590,6 +593,7 @@ impl Agent {
     /// What a judgement means for daily life and for an open incident.
     fn heed(&mut self, judgement: &Judgement) {
         let now = clock::now();
+        self.pass_on_notices(judgement, now);
         match &judgement.verdict {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
@@ -624,6 +628,28 @@ impl Agent {
         }
         if let Verdict::NotServing { why } = &judgement.verdict {
             self.fallen(why.clone(), judgement.findings.clone());
+        }
+    }
+
+    /// What the judge only tells (an update that takes long, probes that fail on our own side), each once a day.
+    fn pass_on_notices(&mut self, judgement: &Judgement, now: Moment) {
+        const DAY_MS: u64 = 24 * 3_600_000;
+        for finding in judgement.findings.iter().filter(|f| f.kind == engine::FaultKind::Notice) {
+            let kind = match finding.class {
+                None => alert::Notice::OwnSide,
+                Some(engine::Class::Program) if finding.what.starts_with("an update") => {
+                    alert::Notice::UpdateLong
+                }
+                Some(_) => continue,
+            };
+            let told = |(k, at): &(alert::Notice, Moment)| {
+                *k == kind && now.since_ms(*at).is_some_and(|ms| ms < DAY_MS)
+            };
+            if !self.passed_on.iter().any(told) {
+                self.passed_on.retain(|(k, _)| *k != kind);
+                self.passed_on.push((kind, now));
+                self.notice(kind, &finding.what);
+            }
         }
     }
 

@@ -697,14 +697,14 @@ impl Agent {
             "users" => matches!(e.kind, Change::Vanished | Change::Lost),
             _ => true,
         };
-        if events.iter().any(|e| e.key != "users" && news(e)) {
-            self.exam_due.get_or_insert(now.plus_ms(SETTLE_FILES_MS));
-        } else if events.iter().any(news) {
-            // Agents make and delete files all day; that all of a tree is gone is seen soon all the same.
-            let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
-            let due = if rested.boot == now.boot { rested.ms.max(now.ms + SETTLE_FILES_MS) } else { now.ms };
-            self.exam_due.get_or_insert(Moment { boot: now.boot, ms: due });
-        }
+        let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
+        self.exam_due = exam_due(
+            self.exam_due,
+            now,
+            events.iter().any(|e| e.key != "users" && news(e)),
+            events.iter().any(|e| e.key == "users" && news(e)),
+            rested,
+        );
     }
 
     fn read_will(&mut self) {
@@ -898,6 +898,21 @@ impl Agent {
     }
 }
 
+/// When the disk is looked at because of what inotify reported: at once for what a start needs; for the user's trees, in
+/// which agents make and delete files all day, only so often. What is due sooner is never put off by what is due later.
+fn exam_due(
+    before: Option<Moment>,
+    now: Moment,
+    program: bool,
+    users: bool,
+    rested: Moment,
+) -> Option<Moment> {
+    let soon = now.plus_ms(SETTLE_FILES_MS);
+    let later = if rested.boot == now.boot && rested.ms > soon.ms { rested } else { soon };
+    let wanted = [before, program.then_some(soon), users.then_some(later)];
+    wanted.into_iter().flatten().min_by_key(|at| at.ms)
+}
+
 pub(crate) fn strength(strength: &Strength) -> String {
     match strength {
         Strength::CgroupV2 { memory, pids } => format!(
@@ -919,5 +934,27 @@ fn describe_will(will: &Will) -> String {
         (true, _) => "that the node stays down".to_owned(),
         (false, true) => "hands off for a while".to_owned(),
         (false, false) => "that the node is guarded".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deleted_program_does_not_wait_for_a_users_file() {
+        let at = |ms| Moment { boot: 1, ms };
+        let now = at(100_000);
+        let rested = at(150_000);
+        // A temporary file of an agent's went: there is time.
+        let due = exam_due(None, now, false, true, rested);
+        assert_eq!(due, Some(at(150_000)));
+        // Then the program goes.
+        assert_eq!(exam_due(due, at(101_000), true, false, rested), Some(at(101_000 + SETTLE_FILES_MS)));
+        // What is due at once stays so.
+        assert_eq!(exam_due(Some(at(100_200)), now, true, true, rested), Some(at(100_200)));
+        // A look long ago is no reason to wait, and nothing happened is no reason to look.
+        assert_eq!(exam_due(None, now, false, true, at(5_000)), Some(at(100_000 + SETTLE_FILES_MS)));
+        assert_eq!(exam_due(None, now, false, false, rested), None);
     }
 }

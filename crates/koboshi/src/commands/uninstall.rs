@@ -124,6 +124,8 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
                 "agent.log",
                 "proof.json",
                 "exchanged.json",
+                "service.json",
+                "moved.json",
             ];
             made.iter().any(|p| name.starts_with(p))
         };

@@ -2,6 +2,7 @@
 
 use super::parts::befriend;
 use crate::lab::koboshi::{Before, Home, Koboshi};
+use crate::lab::registry::Mode;
 use crate::lab::{Play, Unit, judge};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ pub(super) fn copy(play: &mut Play) -> Result<(), String> {
     let before = Before::take(&host)?;
     let theirs = donor.must("ls -lR --time-style=full-iso /home/claw/.npm-global/bin | md5sum")?;
     Koboshi::corrupt_store(&host)?;
+    // Layers 2 and 3 have their turn and get nothing: the registry accepts and never answers.
+    play.registry()?.set(Mode::Hang);
     let package = Unit::User.package();
     let pid = host.unit(Unit::User, "MainPID")?;
     host.must(&format!("mv {package} /root/program.gone && kill -9 {pid} && rm -rf /root/program.gone"))?;

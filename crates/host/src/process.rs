@@ -327,6 +327,11 @@ pub(crate) fn group_kill(pgid: u32) {
     }
 }
 
+/// Whether anybody is left in a process group. Sends no signal.
+pub(crate) fn group_exists(pgid: u32) -> bool {
+    raw(pgid).filter(|_| pgid > 1).is_some_and(|pgid| rustix::process::test_kill_process_group(pgid).is_ok())
+}
+
 fn read_proc(path: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
     std::fs::File::open(path).ok()?.take(PROC_FILE_LIMIT_BYTES).read_to_end(&mut bytes).ok()?;

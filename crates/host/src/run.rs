@@ -20,6 +20,8 @@ use std::time::Duration;
 pub const OUTPUT_LIMIT_BYTES: usize = 1 << 20;
 /// How long a killed tool may take to vanish. A tool in uninterruptible sleep is given up on and said so.
 const REAP_GRACE: Duration = Duration::from_secs(2);
+/// How long what a tool left behind, killed, may take to be gone.
+const GROUP_GONE: Duration = Duration::from_millis(200);
 /// `/etc/passwd` and `/etc/group` are read up to here.
 const ACCOUNTS_LIMIT_BYTES: u64 = 4 << 20;
 
@@ -215,6 +217,12 @@ fn supervise(child: &mut Child, deadline: Deadline) -> Result<Output> {
         ));
     }
     let ended = pidfd.reap().unwrap_or(Ended::Unknown);
+    // What the tool left behind was killed with it and takes a moment to be gone. Where nobody reaps orphans it stays
+    // as a zombie, which holds nothing: it is not waited for longer.
+    let gone = Deadline::after(GROUP_GONE);
+    while crate::process::group_exists(pid) && !gone.passed() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     streams.iter_mut().for_each(Stream::drain);
     let [stdout, stderr] = streams.map(|s| s.bytes);
     let (status, signal) = match ended {

@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod container;
+pub mod dying;
 pub mod error;
 pub mod exchange;
 pub mod files;

@@ -203,6 +203,13 @@ impl ProcessId {
         if self.stat().is_some() { files } else { Vec::new() }
     }
 
+    /// Whether it has given back its memory: it is being torn down, or gone.
+    #[must_use]
+    pub(crate) fn has_no_memory(self) -> bool {
+        // A living process of programs counts its pages here; seven zeros are one without memory.
+        self.read("statm").is_none_or(|pages| pages.starts_with(b"0 "))
+    }
+
     /// Whether a debugger holds it.
     #[must_use]
     pub fn traced(self) -> bool {
@@ -338,7 +345,7 @@ fn read_proc(path: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn entries(dir: &Path) -> impl Iterator<Item = String> + use<> {
+pub(crate) fn entries(dir: &Path) -> impl Iterator<Item = String> + use<> {
     std::fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok())
 }
 

@@ -188,7 +188,7 @@ impl Agent {
         }
     }
 
-    fn noticed(&mut self, findings: Vec<Finding>) {
+    pub(super) fn noticed(&mut self, findings: Vec<Finding>) {
         let known = self.book.state().incident.as_ref().map(|i| i.findings.clone()).unwrap_or_default();
         let new: Vec<Finding> = findings.into_iter().filter(|f| !known.contains(f)).collect();
         if !new.is_empty() {

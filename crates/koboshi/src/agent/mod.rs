@@ -30,9 +30,10 @@ use crate::patient::{self, Service};
 use crate::places::Places;
 use crate::print::{Exit, Printer};
 use crate::voice;
-use engine::{Event, IncidentKind, Moment, Record, Verdict};
+use engine::{Event, FaultKind, Finding, IncidentKind, Moment, Record, Verdict};
 use host::clock::{self, Deadline};
 use host::container::Strength;
+use host::dying::DeathWatch;
 use host::files::LockFile;
 use host::notify::Notifier;
 use host::process::{PidFd, ProcessId};
@@ -91,6 +92,10 @@ pub struct Agent {
     looks_from: Moment,
     next_look: Moment,
     gateway: Option<PidFd>,
+    /// Tells of the gateway's end earlier than its descriptor can.
+    death_watch: Option<DeathWatch>,
+    /// An incident was opened before it could be known how the gateway ended.
+    ending_unexplained: bool,
     serving_since: Option<Moment>,
     exam: Option<Examination>,
     /// When it was taken, and how closely.
@@ -195,6 +200,8 @@ impl Agent {
             looks_from: now,
             next_look: now,
             gateway: None,
+            death_watch: None,
+            ending_unexplained: false,
             serving_since: None,
             exam: None,
             exam_taken: None,
@@ -375,15 +382,22 @@ impl Agent {
         job.extend(self.responder.fd());
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
+        let first = fds.len();
         fds.extend(gateway);
+        let omens = fds.len();
+        fds.extend(self.death_watch.iter().flat_map(DeathWatch::fds));
+        let others = fds.len();
         fds.extend(step);
         fds.extend(job);
         let ready = host::poll::readable(&fds, until)?;
-        let exited = gateway.is_some() && ready.get(3).copied().unwrap_or(false);
+        let any = |range: std::ops::Range<usize>| ready.get(range).is_some_and(|ready| ready.contains(&true));
+        let (exited, omen) = (any(first..omens), any(omens..others));
         drop(fds);
         self.take_signals();
         if exited {
             self.gateway_exited();
+        } else if omen {
+            self.gateway_dying();
         }
         Ok(())
     }
@@ -440,6 +454,16 @@ impl Agent {
         } else if self.gateway.as_ref().is_some_and(PidFd::exited) {
             self.gateway = None;
         }
+        match &self.gateway {
+            None => self.death_watch = None,
+            Some(gateway) => {
+                let id = gateway.id();
+                // Only a gateway of our own: of another's, the service manager must first say whose end this is.
+                if self.service.embedded() && self.death_watch.as_ref().is_none_or(|w| w.process() != id) {
+                    self.death_watch = DeathWatch::of(id);
+                }
+            }
+        }
     }
 
     /// Whether the journal knows of a start from which this process can have come.
@@ -478,14 +502,45 @@ impl Agent {
         }
     }
 
+    /// The gateway's process has lost its memory and will have ended in a moment. Nobody but koboshi stops a gateway
+    /// of koboshi's own, so nothing is to be waited for.
+    fn gateway_dying(&mut self) {
+        let Some(watch) = self.death_watch.take() else {
+            return;
+        };
+        // Not dying: the thread ended by itself. Another one is watched from the next look on.
+        let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
+        if climbing || self.will.stopped || self.ending || !watch.dying() {
+            return;
+        }
+        self.forget_the_process();
+        self.ending_unexplained = true;
+        self.open_or_escalate(IncidentKind::Outage, "the gateway ended".to_owned());
+    }
+
+    /// What was said of a process that is gone is not published any longer.
+    fn forget_the_process(&mut self) {
+        self.serving_since = None;
+        self.judgement = None;
+        self.next_look = clock::now();
+    }
+
     /// The gateway's process has ended: known within milliseconds, and judged by who ended it.
     fn gateway_exited(&mut self) {
         self.gateway = None;
-        self.serving_since = None;
-        // What was said of a process that is gone is not published any longer.
-        self.judgement = None;
-        self.next_look = clock::now();
+        self.death_watch = None;
+        self.forget_the_process();
+        let explain = std::mem::take(&mut self.ending_unexplained);
         let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
+        if climbing && explain {
+            let what = how_it_ended(&self.service.look(Deadline::after(MANAGER_LIMIT)));
+            self.noticed(vec![Finding {
+                kind: FaultKind::ProcessGone,
+                class: None,
+                what,
+                evidence: Vec::new(),
+            }]);
+        }
         if climbing || self.will.stopped || self.ending {
             return;
         }
@@ -506,12 +561,7 @@ impl Agent {
                 return;
             }
         }
-        let how = match (state.exit_status, state.exit_signal) {
-            (_, Some(signal)) => format!("signal {signal} ended it"),
-            (Some(code), None) => format!("it exited with code {code}"),
-            (None, None) => "it is gone".to_owned(),
-        };
-        self.open_or_escalate(IncidentKind::Outage, format!("the gateway ended: {how}"));
+        self.open_or_escalate(IncidentKind::Outage, format!("the gateway ended: {}", how_it_ended(&state)));
     }
 
     /// A unit that was on its way down: stopped for good, restarted, or failed?
@@ -921,6 +971,14 @@ pub(crate) fn strength(strength: &Strength) -> String {
             if *pids { "limited" } else { "unlimited" }
         ),
         Strength::Weak { why } => format!("weak containers: {why}"),
+    }
+}
+
+fn how_it_ended(state: &host::service::ServiceState) -> String {
+    match (state.exit_status, state.exit_signal) {
+        (_, Some(signal)) => format!("signal {signal} ended it"),
+        (Some(code), None) => format!("it exited with code {code}"),
+        (None, None) => "it is gone".to_owned(),
     }
 }
 

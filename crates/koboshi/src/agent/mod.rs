@@ -636,7 +636,13 @@ impl Agent {
     }
 
     fn look_every_ms(&self) -> u64 {
+        /// A node in emergency may lie for days, and a look at one that is down goes through every process.
+        const IN_EMERGENCY_MS: u64 = 5_000;
         let by_judge = u64::try_from(self.judge.next_probe_in().as_millis()).unwrap_or(u64::MAX);
+        let down = self.judgement.as_ref().is_none_or(|j| matches!(j.verdict, Verdict::NotServing { .. }));
+        if down && self.book.state().in_emergency() {
+            return by_judge.max(IN_EMERGENCY_MS);
+        }
         if self.doing.judging() { by_judge.min(self.config.judge.alert_every_ms) } else { by_judge }
     }
 

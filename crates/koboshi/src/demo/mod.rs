@@ -5,6 +5,7 @@
 //! the node serve by a judge of the demo's own, and is every byte of the user's still there.
 
 mod pairs;
+mod pulse;
 mod report;
 mod seed;
 mod setup;

@@ -89,9 +89,15 @@ impl Row {
         row
     }
 
-    /// Whether it came out as it must: recovered by a right layer, and nothing lost.
+    /// For how long the gateway's pulse was missed while it should have been repaired without any interruption.
+    pub fn felt_down(&mut self, down_ms: u64) {
+        self.down_ms = self.down_ms.max(down_ms as f64);
+    }
+
+    /// Whether it came out as it must: recovered by a right layer, and nothing lost; in place, with no interruption.
     pub fn right(&self) -> bool {
-        self.righted() && self.layer.is_some_and(|l| self.fault.healed_by.contains(&l))
+        let undisturbed = self.layer != Some(Layer::InPlace) || self.down_ms == 0.0;
+        self.righted() && undisturbed && self.layer.is_some_and(|l| self.fault.healed_by.contains(&l))
     }
 
     /// Whether it stands again with nothing lost, by whichever layer: what the exit code tells.

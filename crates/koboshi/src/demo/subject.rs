@@ -3,6 +3,7 @@
 //! The demo has one of these. The figures (`pairs`) have several, each in a directory of its own with its own port and
 //! agent, so that one can be broken while another waits for its start ration.
 
+use crate::demo::pulse::Pulse;
 use crate::demo::report::Row;
 use crate::demo::seed;
 use crate::demo::setup::{self, Stage, Versions};
@@ -252,12 +253,18 @@ impl Subject {
         let seen = self.guarded()?.watcher.last_incident();
         let mut log = self.guarded()?.watcher.tail(&self.agent_log());
         self.printer.note(format!("{}: {}", self.printer.bold(fault.name), fault.about));
+        let serving = self.node.gateway();
         let injected = clock::now();
         self.broken_at = Some(injected);
         (fault.inject)(&Target { node: &self.node, fault_file: &self.stage.fault_file })?;
         let deadline = Deadline::after(FAULT_LIMIT);
+        let in_place = fault.healed_by == [Layer::InPlace];
+        let mut pulse = in_place.then(|| Pulse::new(serving));
         let incident = loop {
             self.alive(halt)?;
+            if let Some(pulse) = &mut pulse {
+                pulse.feel(&self.node);
+            }
             log.show();
             if let Some(incident) = self.guarded()?.watcher.closed_after(seen)? {
                 break Some(incident);
@@ -280,7 +287,11 @@ impl Subject {
             self.printer.note(format!("  lost: {} ({} bytes)", loss.what, loss.bytes));
         }
         let confirmed = incident.as_ref().filter(|_| served.is_ok());
-        let row = Row::new(fault, injected, confirmed, losses.iter().map(|l| l.bytes).sum());
+        let mut row = Row::new(fault, injected, confirmed, losses.iter().map(|l| l.bytes).sum());
+        if let Some(mut pulse) = pulse {
+            pulse.feel(&self.node);
+            row.felt_down(pulse.down_ms(clock::now()));
+        }
         self.printer.note(format!("  {}", row.line()));
         Ok(row)
     }

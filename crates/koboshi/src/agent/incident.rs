@@ -176,6 +176,7 @@ impl Agent {
         if kind == IncidentKind::Latent {
             return;
         }
+        self.see_it_end();
         if let Some(exam) = self.examine_now(Care::Down) {
             let update =
                 exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());

@@ -518,6 +518,23 @@ impl Agent {
         self.open_or_escalate(IncidentKind::Outage, "the gateway ended".to_owned());
     }
 
+    /// An incident that was opened while the gateway was dying waits for its end before anything is looked at: until then
+    /// it holds its port and its databases, and nobody may look into it to see whose they are.
+    fn see_it_end(&mut self) {
+        /// A kernel that takes back gigabytes takes some seconds. A process that hangs in it is seen by the judge.
+        const END_LIMIT: Duration = Duration::from_secs(10);
+        if !std::mem::take(&mut self.ending_unexplained) {
+            return;
+        }
+        let ended = self.gateway.as_ref().is_none_or(|gateway| gateway.wait(Deadline::after(END_LIMIT)));
+        let what = if ended {
+            how_it_ended(&self.service.look(Deadline::after(MANAGER_LIMIT)))
+        } else {
+            format!("the kernel has not ended it after {} s", END_LIMIT.as_secs())
+        };
+        self.noticed(vec![Finding { kind: FaultKind::ProcessGone, class: None, what, evidence: Vec::new() }]);
+    }
+
     /// What was said of a process that is gone is not published any longer.
     fn forget_the_process(&mut self) {
         self.serving_since = None;
@@ -529,18 +546,9 @@ impl Agent {
     fn gateway_exited(&mut self) {
         self.gateway = None;
         self.death_watch = None;
+        self.ending_unexplained = false;
         self.forget_the_process();
-        let explain = std::mem::take(&mut self.ending_unexplained);
         let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
-        if climbing && explain {
-            let what = how_it_ended(&self.service.look(Deadline::after(MANAGER_LIMIT)));
-            self.noticed(vec![Finding {
-                kind: FaultKind::ProcessGone,
-                class: None,
-                what,
-                evidence: Vec::new(),
-            }]);
-        }
         if climbing || self.will.stopped || self.ending {
             return;
         }

@@ -322,6 +322,13 @@ pub fn tls(value: &Value) -> bool {
     value.pointer("/gateway/tls/enabled").and_then(Value::as_bool) == Some(true)
 }
 
+/// Whether the gateway listens on loopback alone, as it does unless told otherwise. Then a listener on another address of
+/// the same port (a proxy in front of it) is in nobody's way.
+#[must_use]
+pub fn on_loopback(value: &Value) -> bool {
+    value.pointer("/gateway/bind").and_then(Value::as_str).is_none_or(|bind| bind == "loopback")
+}
+
 /// The port that the gateway of this environment and config listens on.
 #[must_use]
 pub fn port(value: Option<&Value>, env_port: Option<&str>, profile: Option<&str>) -> u16 {

@@ -7,7 +7,7 @@
 
 use crate::Node;
 use crate::refusal::Checked;
-use engine::Moment;
+use engine::{Class, Moment};
 use host::clock::Deadline;
 use host::error::{Error, Kind, Result};
 use rusqlite::{Connection, OpenFlags};
@@ -39,10 +39,10 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// What was there before when nothing at all is left of it, in words. One kind alone that is gone is what an owner
-    /// does (the last device revoked, the sessions cleared), and no amnesia: only all kinds at once, and at least two.
+    /// What was there before, when nothing at all is left of it. One kind alone that is gone is what an owner does (the last
+    /// device revoked, the sessions cleared), and no amnesia: only all kinds at once, and at least two.
     #[must_use]
-    pub fn fallen_to_zero(&self, now: &Counts) -> Vec<&'static str> {
+    pub fn fallen_to_zero(&self, now: &Counts) -> Option<Lost> {
         /// Kinds that must have fallen together.
         const TOGETHER: usize = 2;
         let pairs = [
@@ -54,12 +54,21 @@ impl Counts {
         ];
         let had: Vec<_> = pairs.into_iter().filter(|(before, _, _)| *before > 0).collect();
         let all_gone = had.iter().all(|(_, after, _)| *after == 0);
-        if all_gone && had.len() >= TOGETHER {
-            had.into_iter().map(|(_, _, what)| what).collect()
-        } else {
-            Vec::new()
-        }
+        (all_gone && had.len() >= TOGETHER).then(|| Lost {
+            what: had.into_iter().map(|(_, _, what)| what).collect(),
+            // The rest lives in the agents' own databases: the shared one has nothing to answer for.
+            class: if self.paired > 0 { Class::State } else { Class::Sessions },
+        })
     }
+}
+
+/// What a node remembered before and does not any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// In words.
+    pub what: Vec<&'static str>,
+    /// The class of data that held it.
+    pub class: Class,
 }
 
 /// Who a node is at one moment.
@@ -154,8 +163,13 @@ pub fn read_identity(node: &Node, deadline: Deadline) -> Result<Identity> {
         }
         let reader = match Reader::open(&db, deadline) {
             Ok(reader) => reader,
-            // One agent's broken database is that agent's finding, not the node's identity.
-            Err(e) if matches!(e.kind, Kind::Corrupt | Kind::NotFound) => continue,
+            Err(e) if e.kind == Kind::NotFound => continue,
+            // One agent's broken database is that agent's finding, not the node's identity: it is there, whatever it
+            // held.
+            Err(e) if e.kind == Kind::Corrupt => {
+                identity.counts.agents += 1;
+                continue;
+            }
             // One that is busy or too slow is there all the same: what cannot be counted is not zero.
             Err(e) => return Err(e),
         };
@@ -571,18 +585,15 @@ pub(crate) mod tests {
     #[test]
     fn zero_counts_only_against_something() {
         let many = Counts { paired: 2, jobs: 3, transcript: 9, ..Counts::default() };
-        assert_eq!(
-            many.fallen_to_zero(&Counts { jobs: 3, ..Counts::default() }),
-            ["paired devices", "transcripts"]
-        );
-        assert!(
-            many.fallen_to_zero(&Counts { transcript: 9, ..Counts::default() }).is_empty(),
-            "an owner may revoke the last device"
-        );
-        assert!(Counts::default().fallen_to_zero(&Counts::default()).is_empty());
-        assert!(
-            many.fallen_to_zero(&Counts { paired: 1, jobs: 1, transcript: 1, ..Counts::default() })
-                .is_empty()
-        );
+        let lost = many.fallen_to_zero(&Counts { jobs: 3, ..Counts::default() }).expect("all is gone");
+        assert_eq!((lost.what, lost.class), (vec!["paired devices", "transcripts"], Class::State));
+        // None of these is in the shared database.
+        let alone = Counts { sessions: 2, transcript: 9, agents: 1, ..Counts::default() };
+        assert_eq!(alone.fallen_to_zero(&Counts::default()).expect("gone").class, Class::Sessions);
+        let revoked = Counts { transcript: 9, ..Counts::default() };
+        assert_eq!(many.fallen_to_zero(&revoked), None, "an owner may revoke the last device");
+        assert_eq!(Counts::default().fallen_to_zero(&Counts::default()), None);
+        let some = Counts { paired: 1, jobs: 1, transcript: 1, ..Counts::default() };
+        assert_eq!(many.fallen_to_zero(&some), None);
     }
 }

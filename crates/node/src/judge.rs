@@ -598,8 +598,8 @@ impl Judge {
 
     fn read_identity(&self, look: &Look, findings: &mut Vec<Finding>) -> Option<Seen> {
         let before = self.baseline.device_id.as_deref();
-        let amnesia = |what: String, findings: &mut Vec<Finding>| {
-            findings.push(finding(FaultKind::Amnesia, Some(Class::State), what.clone()));
+        let amnesia = |class: Class, what: String, findings: &mut Vec<Finding>| {
+            findings.push(finding(FaultKind::Amnesia, Some(class), what.clone()));
             Some(bad(Reason::Amnesia, what, None))
         };
         match &self.identity.as_ref()?.2 {
@@ -617,16 +617,22 @@ impl Judge {
                         return None;
                     }
                     (Some(old), Some(new)) if old != new => {
-                        return amnesia("the node has another device identity than before".into(), findings);
+                        return amnesia(
+                            Class::State,
+                            "the node has another device identity than before".into(),
+                            findings,
+                        );
                     }
-                    (Some(_), None) => return amnesia("the node's device identity is gone".into(), findings),
+                    (Some(_), None) => {
+                        return amnesia(Class::State, "the node's device identity is gone".into(), findings);
+                    }
                     (Some(_), Some(_)) | (None, _) => {}
                 }
-                let lost = self.baseline.counts.fallen_to_zero(&identity.counts);
-                if lost.is_empty() || fresh || look.update.is_some() {
+                let lost = self.baseline.counts.fallen_to_zero(&identity.counts)?;
+                if fresh || look.update.is_some() {
                     return None;
                 }
-                amnesia(format!("all of the node's {} are gone", lost.join(", ")), findings)
+                amnesia(lost.class, format!("all of the node's {} are gone", lost.what.join(", ")), findings)
             }
         }
     }

@@ -384,6 +384,9 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         None => listener(node.port),
     };
     look.process = process(node, want, heard.as_ref());
+    // A proxy on an address of its own in front of the gateway is in nobody's way, and no gateway that is down.
+    let heard =
+        heard.filter(|l| rank(l) < FAR || listening(look.process.as_ref(), Some(l)) == Listening::Gateway);
     let gateway = look.process.as_ref().map(|p| p.id);
     look.heard = known.filter(|k| gateway == Some(k.owner));
     look.listening = if look.heard.is_some() {
@@ -437,15 +440,21 @@ fn own_side(deadline: Deadline) -> Option<String> {
     std::fs::File::open("/proc/self/stat").err().map(|e| format!("/proc cannot be read: {e}"))
 }
 
-/// The listener that a connection to this host's loopback would meet.
-fn listener(port: u16) -> Option<Listener> {
-    let rank = |l: &Listener| match l.addr.ip() {
+/// The rank of a listener that loopback does not lead to.
+const FAR: u32 = 4;
+
+fn rank(l: &Listener) -> u32 {
+    match l.addr.ip() {
         IpAddr::V4(ip) if ip == Ipv4Addr::LOCALHOST => 0,
         IpAddr::V4(ip) if ip.is_unspecified() => 1,
         IpAddr::V6(ip) if ip.is_unspecified() => 2,
         IpAddr::V6(ip) if ip == Ipv6Addr::LOCALHOST => 3,
-        IpAddr::V4(_) | IpAddr::V6(_) => 4,
-    };
+        IpAddr::V4(_) | IpAddr::V6(_) => FAR,
+    }
+}
+
+/// The listener that a connection to this host's loopback would meet.
+fn listener(port: u16) -> Option<Listener> {
     listeners(port).into_iter().min_by_key(rank)
 }
 

@@ -141,3 +141,13 @@ fn a_lock_names_the_process_while_it_lives() {
     let other = process(&node, &Want { main: Some(us), ..Want::default() }, None).expect("a process");
     assert!(!other.by_lock);
 }
+
+#[test]
+fn a_proxy_on_an_address_of_its_own_is_neither_the_gateway_nor_a_stranger_in_its_way() {
+    let proxy = std::net::TcpListener::bind("127.0.0.2:0").expect("bind");
+    let dir = tempfile::tempdir().expect("dir");
+    let mut node = crate::find::tests::node_at(dir.path());
+    node.port = proxy.local_addr().expect("address").port();
+    let look = look(&node, &Want::default(), Deadline::after(Duration::from_secs(5)));
+    assert_eq!((look.listening, look.health), (Listening::Nobody, Health::Refused));
+}

@@ -1,7 +1,7 @@
 //! Gets a deleted database back from the gateway that still holds it open.
 //!
 //! A file that was removed lives on in the open descriptors of its process, main file, `-wal` and (useless to us)
-//! `-shm`. Main and log are copied as one set: the log's header must be the same before and after, so no page was
+//! `-shm`; a log whose own name was left is its log all the same. Main and log are copied as one set: the log's header must be the same before and after, so no page was
 //! moved between the two copies that the log does not still hold. SQLite then folds the log into the copy, which is
 //! checked and left as one file. The gateway is neither stopped nor asked.
 
@@ -53,15 +53,15 @@ pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<V
         return Err(Error::new(Kind::Denied, what(), "it is not a process of the node's user"));
     }
     // The kernel names open files by their real paths.
-    let open = deleted(gateway, &crate::roots::resolved(&node.state_dir));
-    if !open.is_empty() {
+    let open = held_open(gateway, &crate::roots::resolved(&node.state_dir));
+    if open.iter().any(Held::is_lost_database) {
         std::fs::create_dir_all(dest).context(|| format!("making {}", dest.display()))?;
     }
     let mut saved: Vec<Salvaged> = Vec::new();
-    let mains = open.iter().filter(|d| d.path.extension().is_some_and(|e| e == "sqlite"));
-    for (n, main) in mains.enumerate() {
+    for (n, main) in open.iter().filter(|d| d.is_lost_database()).enumerate() {
+        // The log may have been deleted with it, or have kept its name: either way it is the log of what is gone.
         let log_path = beside(&main.path, "-wal");
-        let logs: Vec<&Deleted> = open.iter().filter(|d| d.path == log_path).collect();
+        let logs: Vec<&Held> = open.iter().filter(|d| d.path == log_path).collect();
         let to = dest.join(format!("{n}-{}", main.path.file_name().unwrap_or_default().to_string_lossy()));
         if let Some(one) = best(main, &logs, &to)? {
             saved.push(one);
@@ -77,25 +77,32 @@ pub fn from_open_files(node: &Node, gateway: ProcessId, dest: &Path) -> Result<V
 #[must_use]
 pub fn held(node: &Node) -> bool {
     let Some(gateway) = node.gateway() else { return false };
-    let open = deleted(gateway, &crate::roots::resolved(&node.state_dir));
-    open.iter().any(|d| d.path.extension().is_some_and(|e| e == "sqlite"))
+    held_open(gateway, &crate::roots::resolved(&node.state_dir)).iter().any(Held::is_lost_database)
 }
 
-/// A deleted file that is still open somewhere.
-struct Deleted {
+/// A file of the state directory that a gateway holds open.
+struct Held {
     path: PathBuf,
+    /// Its name is gone.
+    deleted: bool,
     /// `/proc/PID/fd/N`: opening it opens the deleted file itself.
     fd: PathBuf,
     inode: (u64, u64),
     mtime: i64,
 }
 
-fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
-    let mut found: Vec<Deleted> = Vec::new();
+impl Held {
+    fn is_lost_database(&self) -> bool {
+        self.deleted && self.path.extension().is_some_and(|e| e == "sqlite")
+    }
+}
+
+fn held_open(gateway: ProcessId, state_dir: &Path) -> Vec<Held> {
+    let mut found: Vec<Held> = Vec::new();
     for (fd, link) in gateway.open_files() {
-        let Some(path) = link.to_string_lossy().strip_suffix(" (deleted)").map(PathBuf::from) else {
-            continue;
-        };
+        let lost = link.to_string_lossy().strip_suffix(" (deleted)").map(PathBuf::from);
+        let deleted = lost.is_some();
+        let path = lost.unwrap_or(link);
         let fd = PathBuf::from(format!("/proc/{}/fd/{fd}", gateway.pid));
         let Ok(meta) = std::fs::metadata(&fd) else { continue };
         let inode = (meta.dev(), meta.ino());
@@ -107,7 +114,7 @@ fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
         {
             continue;
         }
-        found.push(Deleted { path, fd, inode, mtime: meta.mtime() });
+        found.push(Held { path, deleted, fd, inode, mtime: meta.mtime() });
     }
     // The newest first: after several deletions that is the one the gateway works with.
     found.sort_by_key(|d| std::cmp::Reverse(d.mtime));
@@ -118,9 +125,9 @@ fn deleted(gateway: ProcessId, state_dir: &Path) -> Vec<Deleted> {
 /// taken. A main file without a log that belongs to it would silently lack the newest rows, so it is never taken alone
 /// then. When none folds, the bytes are kept as they are, main file and logs side by side: they may be the last ones there
 /// are, and somebody may yet read them. Without room or time for that it is an error, and the gateway lives on.
-fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>> {
+fn best(main: &Held, logs: &[&Held], to: &Path) -> Result<Option<Salvaged>> {
     let mut last = None;
-    let with: Vec<Option<&Deleted>> =
+    let with: Vec<Option<&Held>> =
         if logs.is_empty() { vec![None] } else { logs.iter().map(|l| Some(*l)).collect() };
     for log in with {
         match one(main, log, to) {
@@ -141,7 +148,7 @@ fn best(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<Option<Salvaged>
 }
 
 /// The bytes as they are.
-fn raw(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<()> {
+fn raw(main: &Held, logs: &[&Held], to: &Path) -> Result<()> {
     let damaged = beside(to, ".damaged");
     copy_bounded(&main.fd, &damaged, SALVAGE_LIMIT_BYTES)?;
     for (n, log) in logs.iter().enumerate() {
@@ -150,7 +157,7 @@ fn raw(main: &Deleted, logs: &[&Deleted], to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn one(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<Salvaged> {
+fn one(main: &Held, log: Option<&Held>, to: &Path) -> Result<Salvaged> {
     let what = || format!("salvaging {}", main.path.display());
     let log_bytes = copy_set(main, log, to)?;
     fold(to)?;
@@ -161,7 +168,7 @@ fn one(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<Salvaged> {
 }
 
 /// Copies main and log so that together they are one state of the database.
-fn copy_set(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<u64> {
+fn copy_set(main: &Held, log: Option<&Held>, to: &Path) -> Result<u64> {
     let what = || format!("copying {} with its log", main.path.display());
     for _ in 0..TRIES_LIMIT {
         remove_set(to)?;
@@ -181,12 +188,12 @@ fn copy_set(main: &Deleted, log: Option<&Deleted>, to: &Path) -> Result<u64> {
     Err(Error::new(Kind::TimedOut, what(), "the gateway wrote on and on"))
 }
 
-fn modified(file: &Deleted) -> Result<(i64, i64, u64)> {
+fn modified(file: &Held) -> Result<(i64, i64, u64)> {
     let meta = std::fs::metadata(&file.fd).context(|| format!("looking at {}", file.path.display()))?;
     Ok((meta.mtime(), meta.mtime_nsec(), meta.len()))
 }
 
-fn head(log: &Deleted) -> Result<Vec<u8>> {
+fn head(log: &Held) -> Result<Vec<u8>> {
     let what = || format!("reading {}", log.path.display());
     let mut file = File::open(&log.fd).context(what)?;
     file.seek(SeekFrom::Start(0)).context(what)?;
@@ -287,6 +294,28 @@ mod tests {
         assert_eq!(identity.counts.paired, 8);
         let left: Vec<_> = std::fs::read_dir(&dest).expect("dir").flatten().collect();
         assert_eq!(left.len(), 1, "one whole file: {left:?}");
+        drop(writer);
+    }
+
+    #[test]
+    fn rows_in_a_log_that_was_not_deleted_with_its_database_are_not_lost() {
+        let dir = tempfile::tempdir().expect("dir");
+        let node = node_at(dir.path());
+        let path = node.state_db();
+        let writer = state_db(&path, Some("the-device"), 7);
+        writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("checkpoint");
+        // Committed, and in the log alone.
+        for n in 0..5 {
+            let sql = "INSERT INTO device_pairing_paired VALUES (?1)";
+            writer.execute(sql, [format!("late-{n}")]).expect("insert");
+        }
+        // `rm openclaw.sqlite`: the log and its index keep their names.
+        std::fs::remove_file(&path).expect("rm");
+        assert!(beside(&path, "-wal").metadata().expect("the log").len() > 0);
+        let us = ProcessId::current().expect("us");
+        let saved = from_open_files(&node, us, &dir.path().join("saved")).expect("salvage");
+        let identity = saved[0].identity.clone().expect("identity");
+        assert_eq!(identity.counts.paired, 12, "7 from the main file, 5 from its log");
         drop(writer);
     }
 

@@ -10,8 +10,9 @@ use crate::refusal::{self, Checked};
 use crate::{Node, config, gates, identity, probe, update};
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
-use host::process::{ProcessId, listeners, owner_of};
+use host::process::{Listener, ProcessId, listeners, owner_of};
 use std::io::{Read, Seek, SeekFrom};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -370,11 +371,11 @@ fn amnesia(node: &Node, baseline: &Baseline, deadline: Deadline, findings: &mut 
         } else {
             "the state database holds no device identity"
         };
-        let evidence = lost.iter().map(|l| format!("its {l} are gone too"));
+        let evidence = lost.iter().flat_map(|l| &l.what).map(|l| format!("its {l} are gone too"));
         findings.push(with(finding(FaultKind::Amnesia, Some(Class::State), what), evidence));
-    } else if !lost.is_empty() && !afresh {
-        let what = format!("all of the node's {} are gone", lost.join(", "));
-        findings.push(finding(FaultKind::Amnesia, Some(Class::State), what));
+    } else if let Some(lost) = lost.filter(|_| !afresh) {
+        let what = format!("all of the node's {} are gone", lost.what.join(", "));
+        findings.push(finding(FaultKind::Amnesia, Some(lost.class), what));
     }
 }
 
@@ -452,7 +453,12 @@ fn disk(node: &Node, findings: &mut Vec<Finding>) {
 /// A listener that is neither the gateway nor its child. Only told; who it is decides what may be done.
 fn port(node: &Node, findings: &mut Vec<Finding>) {
     let gateway = node.gateway();
-    for listener in listeners(node.port) {
+    let on_loopback = config::load(node).map_or(true, |l| config::on_loopback(&l.value));
+    let in_the_way = |listener: &Listener| match listener.addr.ip() {
+        IpAddr::V4(ip) => !on_loopback || ip == Ipv4Addr::LOCALHOST || ip.is_unspecified(),
+        IpAddr::V6(ip) => !on_loopback || ip == Ipv6Addr::LOCALHOST || ip.is_unspecified(),
+    };
+    for listener in listeners(node.port).into_iter().filter(in_the_way) {
         let hint: Vec<u32> = gateway.iter().map(|g| g.pid).collect();
         let owner = owner_of(&listener, &hint);
         let family = |g: ProcessId| {

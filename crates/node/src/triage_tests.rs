@@ -364,3 +364,35 @@ fn a_unit_that_is_gone_or_empty_is_service_damage() {
     std::os::unix::fs::symlink("/dev/null", &file).expect("link");
     assert_eq!(w.seen(), [(FaultKind::OwnersWill, Some(Class::Service))]);
 }
+
+#[test]
+fn one_agents_damaged_database_is_no_amnesia_of_the_node() {
+    let mut w = Whole::new();
+    // The usual node: one agent, nobody paired.
+    std::fs::remove_file(w.node.state_db()).expect("rm");
+    drop(state_db(&w.node.state_db(), Some("device"), 0));
+    let agent = w.node.state_dir.join("agents/main/agent/openclaw-agent.sqlite");
+    std::fs::create_dir_all(agent.parent().expect("parent")).expect("mkdir");
+    let db = rusqlite::Connection::open(&agent).expect("open");
+    db.execute_batch(
+        "CREATE TABLE sessions (id TEXT); INSERT INTO sessions VALUES ('s');
+         CREATE TABLE transcript_events (id INTEGER PRIMARY KEY); INSERT INTO transcript_events VALUES (1);",
+    )
+    .expect("schema");
+    drop(db);
+    w.baseline = Baseline::take(&w.node, Vec::new(), host::clock::now(), soon()).expect("baseline");
+    assert_eq!((w.baseline.counts.agents, w.baseline.counts.transcript), (1, 1));
+    std::fs::write(&agent, "garbage that is no database at all").expect("write");
+    // The state database is whole and the device is the same: what it holds is not to go back to a snapshot.
+    assert_eq!(w.seen(), [(FaultKind::DatabaseCorrupt, Some(Class::Sessions))], "{:?}", w.examine());
+}
+
+#[test]
+fn a_listener_on_another_address_is_in_nobodys_way() {
+    let mut w = Whole::new();
+    // A proxy on an address of the LAN in front of a gateway on loopback, on the same port number.
+    let proxy = std::net::TcpListener::bind("127.0.0.2:0").expect("bind");
+    w.node.port = proxy.local_addr().expect("address").port();
+    drop(std::net::TcpListener::bind(("127.0.0.1", w.node.port)).expect("a gateway could listen"));
+    assert_eq!(w.seen(), [], "{:?}", w.examine());
+}

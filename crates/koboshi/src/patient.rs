@@ -20,15 +20,39 @@ pub fn remembered(places: &Places) -> Result<Option<Node>> {
 
 /// The remembered node, else the one found on this host.
 pub fn find(places: &Places, config: &Config) -> Result<Node> {
-    match remembered(places)? {
+    let node = match remembered(places) {
+        Ok(node) => node,
+        // Nobody may be there to remove the file. The newest snapshot knows the node as it last served; failing that it
+        // is looked for, and only when that fails too is the torn file what is told.
+        Err(e) if e.kind == Kind::Corrupt => {
+            return snapshots_node(places).map_or_else(|| found(config).map_err(|_| e), Ok);
+        }
+        Err(e) => return Err(e),
+    };
+    match node {
         // What is written in the configuration by hand wins over what was remembered.
         Some(node) => Ok(Node { port: config.node.port.unwrap_or(node.port), ..node }),
-        None => Ok(node::find(&(&config.node).into())?.node),
+        None => found(config),
     }
 }
 
-/// Remembers the node.
+fn found(config: &Config) -> Result<Node> {
+    Ok(node::find(&(&config.node).into())?.node)
+}
+
+/// The node as the newest trusted snapshot describes it.
+fn snapshots_node(places: &Places) -> Option<Node> {
+    let store = store::Store::open(&places.store(), &places.key_file).ok()?;
+    let mut trusted: Vec<_> = store.list().ok()?.into_iter().filter(|info| info.trust.trusted()).collect();
+    trusted.sort_by_key(|info| std::cmp::Reverse(info.number));
+    trusted.into_iter().find_map(|info| serde_json::from_value(info.node).ok())
+}
+
+/// Remembers the node. What is remembered already is not written again: an agent must begin on a full disk too.
 pub fn remember(places: &Places, node: &Node) -> Result<()> {
+    if remembered(places).is_ok_and(|known| known.as_ref() == Some(node)) {
+        return Ok(());
+    }
     save(&places.node(), node)
 }
 

@@ -1,9 +1,10 @@
 //! Gets a deleted database back from the gateway that still holds it open.
 //!
 //! A file that was removed lives on in the open descriptors of its process, main file, `-wal` and (useless to us)
-//! `-shm`; a log whose own name was left is its log all the same. Main and log are copied as one set: the log's header must be the same before and after, so no page was
-//! moved between the two copies that the log does not still hold. SQLite then folds the log into the copy, which is
-//! checked and left as one file. The gateway is neither stopped nor asked.
+//! `-shm`; a log whose own name was left is its log all the same. Main and log are copied as one set: the log's header
+//! must be the same before and after, so no page was moved between the two copies that the log does not still hold.
+//! SQLite then folds the log into the copy, which is checked and left as one file. The gateway is neither stopped nor
+//! asked.
 
 use crate::Node;
 use crate::identity::{self, Identity, beside};

@@ -173,8 +173,14 @@ pub fn run(config: Config, places: Places, options: &Guard, printer: Printer) ->
 impl Agent {
     fn new(config: Config, places: Places, printer: Printer) -> Result<Agent> {
         let signals = Signals::new()?;
+        if let Err(e) = patient::remembered(&places) {
+            printer.error(&e);
+        }
         let node = patient::find(&places, &config)?;
-        patient::remember(&places, &node)?;
+        // A full disk keeps nobody from guarding: what could not be written is found again the same way.
+        if let Err(e) = patient::remember(&places, &node) {
+            printer.error(&e);
+        }
         let containers = places.containers(&node)?;
         let service = Service::of(&node, &config, &containers, &places)?;
         let (book, words) = Book::open(&places)?;

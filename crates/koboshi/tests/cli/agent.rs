@@ -203,3 +203,33 @@ fn cpu_of_three_seconds(agent: ProcessId) -> u64 {
     std::thread::sleep(Duration::from_secs(3));
     used() - before
 }
+
+#[test]
+fn a_torn_description_of_the_node_keeps_nobody_from_guarding_it() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let file = fake.koboshi_state().join("node.json");
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, br#"{"name"#).unwrap();
+    fake.koboshi(&["status"]).code(0);
+    let _agent = Agent::start(&fake);
+    until(&fake, "served again", |s| s["verdict"] == "serving");
+    let log = std::fs::read_to_string(fake.path("agent.log")).unwrap();
+    assert!(log.contains("read the remembered node"), "{log}");
+    let node = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap()["package_dir"].clone();
+    assert_eq!(node(&std::fs::read(&file).unwrap()), node(&whole));
+}
+
+#[test]
+fn an_agent_begins_where_nothing_can_be_written_anew() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let file = fake.koboshi_state().join("node.json");
+    let of = |path: &std::path::Path| std::os::unix::fs::MetadataExt::ino(&path.metadata().unwrap());
+    let before = of(&file);
+    let _agent = Agent::start(&fake);
+    until(&fake, "served", |s| s["verdict"] == "serving");
+    assert_eq!(of(&file), before, "what is remembered already is not written again");
+}

@@ -13,6 +13,7 @@ use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned};
 use std::io::{Cursor, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tungstenite::Message;
@@ -26,6 +27,8 @@ enum Manner {
     Keep,
     /// Promises to keep the connection and closes it after every answer.
     Fickle,
+    /// Answers the first question of a connection and no other.
+    Once,
 }
 
 struct Made {
@@ -55,9 +58,12 @@ fn gateway(tls: Option<Arc<ServerConfig>>, manner: Manner) -> Gateway {
     let port = listener.local_addr().unwrap().port();
     let (asked, kinds) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
     let (all, how) = (Arc::clone(&asked), Arc::clone(&kinds));
+    let connections = Arc::new(AtomicUsize::new(0));
+    let met = Arc::clone(&connections);
     // Ends with the test program.
     std::thread::spawn(move || {
         for tcp in listener.incoming() {
+            met.fetch_add(1, Ordering::SeqCst);
             let (tls, all, how) = (tls.clone(), Arc::clone(&all), Arc::clone(&how));
             std::thread::spawn(move || {
                 let tcp = tcp.unwrap();
@@ -72,13 +78,15 @@ fn gateway(tls: Option<Arc<ServerConfig>>, manner: Manner) -> Gateway {
             });
         }
     });
-    Gateway { port, asked, kinds }
+    Gateway { port, asked, kinds, connections }
 }
 
 struct Gateway {
     port: u16,
     asked: Arc<Mutex<Vec<String>>>,
     kinds: Arc<Mutex<Vec<HandshakeKind>>>,
+    /// Also those that came to nothing.
+    connections: Arc<AtomicUsize>,
 }
 
 impl Gateway {
@@ -141,6 +149,9 @@ fn talk<S: Read + Write>(mut stream: S, manner: Manner, asked: &Mutex<Vec<String
             body.len()
         )?;
         stream.flush()?;
+        if manner == Manner::Once {
+            while stream.read(&mut byte)? > 0 {}
+        }
         if manner == Manner::Fickle || text.contains("Connection: close") {
             return Ok(());
         }
@@ -272,10 +283,12 @@ fn what_the_gateway_speaks_is_right_whatever_its_config_says_by_now() {
         };
         assert!(hello, "{:?}", first.hello);
         // Once found out, it is remembered with the listener.
+        let before = served.connections.load(Ordering::SeqCst);
         let quiet = seen(&node, &Want { heard: first.heard, ..Want::default() });
         well(&quiet);
-        let wrong = served.asked("GET /healthz");
-        assert_eq!(wrong, 2, "asked in the right tongue at once");
+        let needed = if tls { 1 } else { 3 };
+        let more = served.connections.load(Ordering::SeqCst) - before;
+        assert_eq!(more, needed, "it was asked in another tongue first");
     }
 }
 
@@ -287,6 +300,19 @@ fn a_server_that_closes_what_it_promised_to_keep_is_asked_anew() {
     let node = node_of(dir.path(), served.port, ON);
     well(&seen(&node, &Want::default()));
     assert_eq!(served.kinds.lock().unwrap().len(), 3);
+}
+
+#[test]
+fn each_question_of_one_connection_has_its_own_deadline() {
+    let served = gateway(Some(made(2020, 2049).config), Manner::Once);
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, served.port));
+    let mut line = http::Line::new(at, Tongue::Tls, None);
+    assert!(line.get("/healthz", Deadline::after(Duration::from_secs(20))).is_ok());
+    let began = clock::now();
+    let second = line.get("/startupz", Deadline::after(Duration::from_millis(200)));
+    assert_eq!(second, Err(http::HttpError::TimedOut { connected: true }));
+    let took = clock::now().since_ms(began).unwrap();
+    assert!((200..5_000).contains(&took), "{took} ms");
 }
 
 #[test]

@@ -1,18 +1,20 @@
 //! `gateway.tls`: whether the gateway is to speak TLS, where its certificate lies, and what to say of the one it shows.
 //!
 //! Nothing here decides whether a gateway serves: that it is the right process is known from the kernel, and an expired
-//! or unexpected certificate is a matter for people (docs/decisions/0019-tls-gateways.md). Only the files that a start
-//! would refuse are damage, because they keep a gateway from coming back.
+//! or unexpected certificate is a matter for people (docs/decisions/0019-tls-gateways.md). So are files that the next
+//! start would refuse; they are named, because the gateway's own words are not believed.
 
 use crate::http::Tongue;
 use crate::{Node, config};
 use host::files::read_bounded;
 use host::tls::known;
 use serde_json::Value;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// The program reads no more of either file.
 const PEM_LIMIT_BYTES: u64 = 64 << 10;
+const PEM_BEGIN: &[u8] = b"-----BEGIN ";
 
 /// What the config says of TLS, where it is switched on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +75,27 @@ fn resolve(node: &Node, path: &str) -> Option<PathBuf> {
         return Some(node.home.join(rest));
     }
     path.starts_with('/').then(|| PathBuf::from(path))
+}
+
+/// Why a gateway started now would refuse its certificate or key, as far as their files show. Only told: a pair of the
+/// user's that is half there may be about to be replaced, and no snapshot knows which half is the right one.
+pub(crate) fn refused_at_start(node: &Node) -> Option<String> {
+    let loaded = config::load(node).ok()?;
+    let settings = settings(node, &loaded.value)?;
+    let pair = [settings.certificate?, settings.key?];
+    let gone = |path: &PathBuf| std::fs::metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+    if settings.generates && pair.iter().all(gone) {
+        return None;
+    }
+    let why = |path: &PathBuf| match read_bounded(path, PEM_LIMIT_BYTES) {
+        Ok(pem) if pem.windows(PEM_BEGIN.len()).any(|w| w == PEM_BEGIN) => None,
+        Ok(_) => Some(format!("{} holds no PEM", path.display())),
+        Err(_) if gone(path) => Some(format!("{} is missing", path.display())),
+        // What we may not read says nothing about what the gateway may.
+        Err(_) => None,
+    };
+    let why = pair.iter().find_map(why)?;
+    Some(format!("gateway.tls is on and {why}: a gateway started now would refuse that"))
 }
 
 /// What people should know of the certificate (DER) that the gateway shows. `None`: nothing.

@@ -442,6 +442,29 @@ fn the_settings_are_read_as_the_program_reads_them() {
 }
 
 #[test]
+fn half_a_pair_is_named_before_a_start_dies_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node_of(dir.path(), 1, ON);
+    let (certificate, key) = (
+        node.state_dir.join("gateway/tls/gateway-cert.pem"),
+        node.state_dir.join("gateway/tls/gateway-key.pem"),
+    );
+    assert_eq!(refused_at_start(&node), None, "a start makes both");
+    std::fs::write(&certificate, "-----BEGIN CERTIFICATE-----").unwrap();
+    assert!(refused_at_start(&node).is_some_and(|w| w.contains("gateway-key.pem is missing")));
+    std::fs::write(&key, "").unwrap();
+    assert!(refused_at_start(&node).is_some_and(|w| w.contains("gateway-key.pem holds no PEM")));
+    std::fs::write(&key, "-----BEGIN PRIVATE KEY-----").unwrap();
+    assert_eq!(refused_at_start(&node), None);
+    std::fs::remove_file(&key).unwrap();
+    std::fs::remove_file(&certificate).unwrap();
+    let node = node_of(dir.path(), 1, ",tls:{enabled:true,autoGenerate:false}");
+    assert!(refused_at_start(&node).is_some_and(|w| w.contains("gateway-cert.pem is missing")));
+    let node = node_of(dir.path(), 1, "");
+    assert_eq!(refused_at_start(&node), None, "TLS is off");
+}
+
+#[test]
 fn days_are_told_only_outside_of_the_certificates_time() {
     let (der, _) = {
         let own = made(2020, 2030);

@@ -4,7 +4,8 @@
 //! It must never be in the gateway's way. It listens on the loopback only, takes the port only when nobody has it, and
 //! closes at the first sign that somebody starts or replaces the gateway: a file of the program is opened, the lock or
 //! an upgrade's staging place changes, the agent that started it is gone. No connection of its own outlives it: they
-//! end by the client's closing or by a reset, so that no TIME_WAIT stands on the port. It reads at most 8 KiB of a request and keeps none of it.
+//! end by the client's closing or by a reset, so that no TIME_WAIT stands on the port. It reads at most 8 KiB of a
+//! request and keeps none of it. Also where the gateway speaks TLS it speaks plain HTTP: it needs no key of the node's.
 
 use crate::text::Message;
 use host::clock::Deadline;
@@ -27,6 +28,9 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 const CONNECTIONS_LIMIT: usize = 16;
 /// With nothing to do it still looks around this often.
 const IDLE: Duration = Duration::from_secs(60);
+/// The first byte of a TLS handshake. No HTTP request begins with it, so its end need not be waited for: the client of a
+/// gateway that speaks TLS is told at once, if only by an answer that it cannot read.
+const TLS_HANDSHAKE: u8 = 0x16;
 /// What koboshi itself makes beside a program is named so.
 const OWN_PREFIX: &str = ".koboshi-";
 /// Bytes of inotify reports read at once; one report already ends it.
@@ -239,6 +243,7 @@ impl Connection {
                 Ok(0) if self.answered => return false,
                 Ok(0) => whole = true,
                 Ok(n) => {
+                    whole |= self.got == 0 && chunk.first() == Some(&TLS_HANDSHAKE);
                     self.got += n;
                     whole |= self.head_ends(&chunk[..n]) || self.got >= REQUEST_LIMIT_BYTES;
                 }
@@ -410,6 +415,21 @@ mod tests {
         // The slow ones are answered when their time is up.
         let said = read_answer(&mut slow[0]);
         assert!(said.starts_with("HTTP/1.1 503"), "{said}");
+    }
+
+    #[test]
+    fn a_client_that_speaks_tls_is_turned_away_at_once() {
+        let bench = Bench::new();
+        let end = bench.start();
+        let mut client = bench.connect().unwrap();
+        let began = host::clock::now();
+        // The beginning of a handshake, which as a request would never end.
+        client.write_all(&[TLS_HANDSHAKE, 3, 1, 0, 200, 1, 0, 0, 196]).unwrap();
+        let said = read_answer(&mut client);
+        let took = host::clock::now().since_ms(began).unwrap();
+        assert!(said.starts_with("HTTP/1.1 503 "), "{said}");
+        assert!(took < 1_000, "{took} ms: it waited for the request to end");
+        assert!(end.try_recv().is_err());
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub enum Notice {
     FileMissing,
     /// The node serves, but less than whole.
     Degraded,
+    /// The certificate that the gateway shows is out of date or not the one in its file; the node serves.
+    Certificate,
     /// koboshi cannot probe: the trouble is on its own side.
     OwnSide,
     /// The journal cannot be written; only the first layer acts.
@@ -115,6 +117,7 @@ impl Notice {
             Notice::NewBaseline => "new-baseline",
             Notice::FileMissing => "file-missing",
             Notice::Degraded => "degraded",
+            Notice::Certificate => "certificate",
             Notice::OwnSide => "own-side",
             Notice::JournalUnwritable => "journal-unwritable",
             Notice::DiskLow => "disk-low",
@@ -157,6 +160,7 @@ impl Kind {
                 | Notice::StoreDamaged
                 | Notice::NotMended
                 | Notice::Degraded
+                | Notice::Certificate
                 | Notice::OwnSide
                 | Notice::JournalUnwritable
                 | Notice::DiskLow
@@ -553,6 +557,22 @@ fn notice_words(notice: Notice) -> Row {
                 then: &["このために再起動はしません。詳細: koboshi status"],
             },
         },
+        Notice::Certificate => Row {
+            en: Words {
+                what: "the TLS certificate of {node} on {host} needs a look",
+                why: WHY_EN,
+                then: &[
+                    "The node serves and is not restarted for that; its clients may refuse the certificate.",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node} の TLS 証明書を確認してください",
+                why: WHY_JA,
+                then: &[
+                    "ノードは稼働しており、このために再起動はしません。クライアントは証明書を拒否するかもしれません。",
+                ],
+            },
+        },
         Notice::OwnSide => Row {
             en: Words {
                 what: "koboshi on {host} cannot judge {node}",
@@ -761,7 +781,7 @@ mod tests {
         }
     }
 
-    const EVERY: [Kind; 19] = [
+    const EVERY: [Kind; 20] = [
         Kind::Opening,
         Kind::Emergency,
         Kind::Closing,
@@ -776,6 +796,7 @@ mod tests {
         Kind::Notice(Notice::NewBaseline),
         Kind::Notice(Notice::FileMissing),
         Kind::Notice(Notice::Degraded),
+        Kind::Notice(Notice::Certificate),
         Kind::Notice(Notice::OwnSide),
         Kind::Notice(Notice::JournalUnwritable),
         Kind::Notice(Notice::DiskLow),

@@ -15,6 +15,8 @@ use std::time::Duration;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::typestate::{WithBody, WithoutBody};
 
+pub mod known;
+
 /// Longest wait for a connection, TLS included: a registry or chat server that needs more is as good as down.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Longest silence within an exchange before the connection is given up.

@@ -301,10 +301,11 @@ pub(crate) fn may(node: &Node, meta: &std::fs::Metadata, bit: u32) -> bool {
     }
 }
 
-/// Whether two configs agree on where the gateway listens and whom it lets in: a repair never changes that by itself.
+/// Whether two configs agree on where the gateway listens, whom it lets in and whether others may listen in: a repair
+/// never changes that by itself.
 #[must_use]
 pub fn lets_in_the_same(one: &Value, other: &Value) -> bool {
-    ["/gateway/auth", "/gateway/bind", "/gateway/tailscale", "/gateway/mode"]
+    ["/gateway/auth", "/gateway/bind", "/gateway/tailscale", "/gateway/mode", "/gateway/tls"]
         .iter()
         .all(|at| one.pointer(at) == other.pointer(at))
 }

@@ -1,11 +1,13 @@
-//! One GET over a bare socket: who answers, what, and how it fails, told apart.
+//! One GET over a bare socket or TLS: who answers, what, and how it fails, told apart.
 //!
 //! A refused connection, a silent listener, somebody else's protocol and a failure on our own side lead to four
-//! different verdicts, so they are four different errors. Everything is bounded by one deadline and one size.
+//! different verdicts, so they are four different errors. Everything is bounded by one deadline and one size, the TLS
+//! handshake included. A certificate decides nothing here (docs/decisions/0019-tls-gateways.md).
 
 use host::clock::Deadline;
+use host::tls::known::{Client, Session};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 /// More than any probe answer (400 bytes) and any HTML page of the control UI; a flood ends here.
@@ -48,18 +50,180 @@ pub enum HttpError {
     },
 }
 
-/// Asks 127.0.0.1.
-pub fn get(port: u16, path: &str, deadline: Deadline) -> Result<Response, HttpError> {
-    get_at(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port), path, deadline)
+/// What is spoken on a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tongue {
+    /// HTTP and WebSocket as they are.
+    Plain,
+    /// The same inside TLS.
+    Tls,
 }
 
-/// Asks this address.
+impl Tongue {
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Tongue {
+        match self {
+            Tongue::Plain => Tongue::Tls,
+            Tongue::Tls => Tongue::Plain,
+        }
+    }
+}
+
+/// Asks this address once, in plain HTTP.
 pub fn get_at(addr: SocketAddr, path: &str, deadline: Deadline) -> Result<Response, HttpError> {
-    let mut stream = Timed::connect(addr, deadline)?;
+    Line::new(addr, Tongue::Plain, None).get(path, deadline)
+}
+
+/// Several questions to one address. In plain HTTP each has its own connection; a TLS handshake costs more than all
+/// the questions, so there they share one for as long as it works.
+pub struct Line {
+    addr: SocketAddr,
+    tongue: Tongue,
+    client: Option<Client>,
+    kept: Option<Box<Session<Timed>>>,
+    certificate: Option<Vec<u8>>,
+}
+
+impl Line {
+    /// Nothing is opened before the first question. `client` is what an earlier line remembered of the same server.
+    #[must_use]
+    pub fn new(addr: SocketAddr, tongue: Tongue, client: Option<Client>) -> Line {
+        Line { addr, tongue, client, kept: None, certificate: None }
+    }
+
+    /// What a later line to the same server may remember.
+    #[must_use]
+    pub fn client(&self) -> Option<Client> {
+        self.client.clone()
+    }
+
+    /// The certificate (DER) that the server showed last, if any.
+    pub fn certificate(&mut self) -> Option<Vec<u8>> {
+        self.certificate.take()
+    }
+
+    /// Asks once.
+    pub fn get(&mut self, path: &str, deadline: Deadline) -> Result<Response, HttpError> {
+        match self.tongue {
+            Tongue::Plain => {
+                let mut stream = Timed::connect(self.addr, deadline)?;
+                exchange(&mut stream, self.addr, path, false).map(|(response, _)| response)
+            }
+            Tongue::Tls => self.get_sealed(path, deadline),
+        }
+    }
+
+    fn get_sealed(&mut self, path: &str, deadline: Deadline) -> Result<Response, HttpError> {
+        if let Some(mut session) = self.kept.take() {
+            session.stream_mut().deadline = deadline;
+            match exchange(&mut *session, self.addr, path, true) {
+                Ok((response, stays)) => {
+                    self.kept = stays.then_some(session);
+                    return Ok(response);
+                }
+                // It was closed meanwhile, which a server may do at any time: asked anew.
+                Err(HttpError::Garbage { .. }) => {}
+                Err(e @ (HttpError::Refused | HttpError::TimedOut { .. } | HttpError::OurSide { .. })) => {
+                    return Err(e);
+                }
+            }
+        }
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => new_client()?,
+        };
+        let opened = shake_hands(self.addr, &client, deadline);
+        self.client = Some(client);
+        let mut session = opened?;
+        self.certificate = session.certificate().map(<[u8]>::to_vec);
+        let (response, stays) = exchange(&mut *session, self.addr, path, true)?;
+        self.kept = stays.then_some(session);
+        Ok(response)
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if let Some(session) = &mut self.kept {
+            session.close();
+        }
+    }
+}
+
+fn new_client() -> Result<Client, HttpError> {
+    Client::new().map_err(|e| HttpError::OurSide { why: e.to_string() })
+}
+
+fn shake_hands(
+    addr: SocketAddr,
+    client: &Client,
+    deadline: Deadline,
+) -> Result<Box<Session<Timed>>, HttpError> {
+    let stream = Timed::connect(addr, deadline)?;
+    Session::open(client, addr.ip(), stream).map(Box::new).map_err(|e| {
+        if matches!(e.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) {
+            HttpError::Garbage { why: format!("no TLS ({e})") }
+        } else if e.kind() == io::ErrorKind::Other {
+            HttpError::OurSide { why: e.to_string() }
+        } else {
+            of_io(&e, true)
+        }
+    })
+}
+
+/// The stream of one conversation, whichever tongue.
+pub(crate) enum Stream {
+    Plain(Timed),
+    Tls(Box<Session<Timed>>),
+}
+
+impl Stream {
+    pub(crate) fn connect(addr: SocketAddr, tongue: Tongue, deadline: Deadline) -> Result<Stream, HttpError> {
+        match tongue {
+            Tongue::Plain => Timed::connect(addr, deadline).map(Stream::Plain),
+            Tongue::Tls => shake_hands(addr, &new_client()?, deadline).map(Stream::Tls),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Plain(stream) => stream.read(buf),
+            Stream::Tls(session) => session.read(buf),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Plain(stream) => stream.write(buf),
+            Stream::Tls(session) => session.write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Stream::Plain(stream) => stream.flush(),
+            Stream::Tls(session) => session.flush(),
+        }
+    }
+}
+
+/// One question and its answer; and whether the connection may be asked again.
+fn exchange(
+    stream: &mut (impl Read + Write),
+    addr: SocketAddr,
+    path: &str,
+    keep: bool,
+) -> Result<(Response, bool), HttpError> {
+    let connection = if keep { "keep-alive" } else { "close" };
     let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {addr}\r\nUser-Agent: koboshi\r\nAccept: application/json\r\nConnection: close\r\n\r\n"
+        "GET {path} HTTP/1.1\r\nHost: {addr}\r\nUser-Agent: koboshi\r\nAccept: application/json\r\nConnection: {connection}\r\n\r\n"
     );
-    stream.write_all(request.as_bytes()).map_err(|e| of_io(&e, true))?;
+    stream.write_all(request.as_bytes()).and_then(|()| stream.flush()).map_err(|e| of_io(&e, true))?;
     let mut got = Vec::with_capacity(2048);
     let mut chunk = [0_u8; 8192];
     loop {
@@ -83,8 +247,9 @@ pub fn get_at(addr: SocketAddr, path: &str, deadline: Deadline) -> Result<Respon
     }
 }
 
-/// `None` = more is needed. At the end of the stream an answer without a length is whole.
-fn parse(bytes: &[u8], ended: bool) -> Result<Option<Response>, HttpError> {
+/// `None` = more is needed. At the end of the stream an answer without a length is whole. With it: whether the
+/// connection is good for another question, because the answer's end was told and nobody wants to close.
+fn parse(bytes: &[u8], ended: bool) -> Result<Option<(Response, bool)>, HttpError> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_LIMIT];
     let mut answer = httparse::Response::new(&mut headers);
     let head = match answer.parse(bytes) {
@@ -109,6 +274,9 @@ fn parse(bytes: &[u8], ended: bool) -> Result<Option<Response>, HttpError> {
     let limited = |b: &[u8]| b.get(..b.len().min(BODY_LIMIT_BYTES)).unwrap_or_default().to_vec();
     let chunked = value("transfer-encoding").is_some_and(|v| v.contains("chunked"));
     let length = value("content-length").and_then(|v| v.parse::<usize>().ok());
+    let stays = (chunked || length.is_some())
+        && answer.version == Some(1)
+        && !value("connection").is_some_and(|v| v.contains("close"));
     let body = if chunked {
         let (body, whole) = unchunk(rest)?;
         (whole || body.len() >= BODY_LIMIT_BYTES).then_some(body)
@@ -122,7 +290,10 @@ fn parse(bytes: &[u8], ended: bool) -> Result<Option<Response>, HttpError> {
             None => None,
         }
     };
-    Ok(body.map(|body| Response { status: answer.code.unwrap_or(0), content_type, body }))
+    Ok(body.map(|body| {
+        let stays = stays && body.len() < BODY_LIMIT_BYTES;
+        (Response { status: answer.code.unwrap_or(0), content_type, body }, stays)
+    }))
 }
 
 fn unchunk(mut rest: &[u8]) -> Result<(Vec<u8>, bool), HttpError> {
@@ -213,8 +384,12 @@ fn timed(e: io::Error) -> io::Error {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{Ipv4Addr, TcpListener};
     use std::thread::JoinHandle;
+
+    fn get(port: u16, path: &str, deadline: Deadline) -> Result<Response, HttpError> {
+        get_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), path, deadline)
+    }
 
     /// A server on loopback that answers one connection with these bytes and then closes, or keeps it open.
     pub(crate) fn serve(answer: &'static [u8], close: bool) -> (u16, JoinHandle<()>) {

@@ -327,6 +327,9 @@ impl Judge {
         let mut findings = Vec::new();
         let seen = self.read(look, &mut findings);
         self.track_update(look, &mut findings);
+        if let Some(what) = &look.certificate {
+            findings.push(finding(FaultKind::Notice, Some(Class::Config), what.clone()));
+        }
         let process = look.process.as_ref().map(|p| p.id);
         let judgement = match seen {
             Seen::Good { degraded } => self.good(look, process, degraded, findings),

@@ -48,6 +48,7 @@ fn good(ms: u64) -> Look {
         startup: Startup::Started { version: Some("2026.9.6".into()) },
         ready: Ready::Answer { ready: true, failing: vec![], suppressed: vec![] },
         hello: Some(hello_ok()),
+        certificate: None,
         service: None,
         identity: identified(Some("me"), Counts { paired: 2, jobs: 4, ..Counts::default() }, "then"),
         activity: Activity::default(),

@@ -18,6 +18,7 @@ pub mod roots;
 pub mod salvage;
 pub mod service;
 pub mod signs;
+mod tls;
 pub mod triage;
 pub mod units;
 pub mod update;

@@ -3,14 +3,15 @@
 //! Every part has its own bound and all of them one deadline. What costs something (children, databases, log) is
 //! read only while the plain answers are missing. Nothing is run and nothing is written.
 
-use crate::http::{self, HttpError, Response};
+use crate::http::{self, HttpError, Line, Response, Tongue};
 use crate::identity::{self, Identity};
 use crate::update::UpdateAtWork;
 use crate::ws::{self, HelloResult, Token};
-use crate::{Node, config, lock};
+use crate::{Node, config, lock, tls};
 use engine::Moment;
 use host::clock::Deadline;
 use host::process::{Listener, ProcessId, listeners, owner_of};
+use host::tls::known::Client;
 use serde_json::Value;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
@@ -51,11 +52,15 @@ pub struct Want {
 }
 
 /// A listener and the descriptor by which the gateway holds it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Heard {
     listener: Listener,
     owner: ProcessId,
     fd: i32,
+    /// What it was last found to speak. It keeps to that until its next start, whatever its config says meanwhile.
+    tongue: Option<Tongue>,
+    /// What TLS remembers of it: as long as the listener is the same, so is the server.
+    client: Option<Client>,
 }
 
 impl Heard {
@@ -63,7 +68,7 @@ impl Heard {
     fn of(listener: &Listener, owner: ProcessId) -> Option<Heard> {
         let socket = socket_link(listener);
         let (fd, _) = owner.open_files().into_iter().find(|(_, link)| *link == socket)?;
-        Some(Heard { listener: *listener, owner, fd })
+        Some(Heard { listener: *listener, owner, fd, tongue: None, client: None })
     }
 
     /// Whether the same process still holds the same socket.
@@ -99,6 +104,8 @@ pub struct Look {
     pub hello: Option<HelloResult>,
     /// The service manager's word.
     pub service: Option<ServiceLook>,
+    /// What people should know of the certificate that the gateway shows; looked at together with the hello.
+    pub certificate: Option<String>,
     /// The identity, if it was read.
     pub identity: Option<IdentityLook>,
     /// What moves though nothing answers. Zero while the gateway answers: then nobody asks.
@@ -361,6 +368,7 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         startup: Startup::Silent,
         ready: Ready::Silent,
         hello: None,
+        certificate: None,
         service: want.service.clone(),
         identity: None,
         activity: Activity::default(),
@@ -402,17 +410,12 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
     }
     let addr = address(node.port, heard.as_ref());
     // The kernel accepts for a stopped process, which will not answer: asking would only cost the patience.
+    let mut spoken = Tongue::Plain;
     if !look.process.as_ref().is_some_and(|p| matches!(p.state, 'T' | 't')) {
-        probe_http(&mut look, node, heard.as_ref(), addr, deadline);
-    }
-    if look.process.is_some()
-        && matches!(look.health, Health::Wrong { .. })
-        && config::load(node).is_ok_and(|l| config::tls(&l.value))
-    {
-        look.our_side = Some("the gateway speaks TLS on its port, which our probes do not".into());
+        spoken = probe_http(&mut look, node, want, heard.as_ref(), addr, deadline);
     }
     if want.hello && look.health == Health::Live {
-        look.hello = Some(say_hello(node, addr, deadline));
+        look.hello = proven(&look).then(|| say_hello(node, addr, spoken, deadline));
         look.disk_version = node.package_version();
     }
     if want.identity {
@@ -429,6 +432,17 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         look.update = crate::update::look(node);
     }
     look
+}
+
+/// Whether it is the gateway that a connection to the port meets. The token is given to nobody else, and only the
+/// gateway is asked in TLS.
+fn proven(look: &Look) -> bool {
+    match (&look.listening, &look.process) {
+        (Listening::Gateway, Some(_)) => look.heard.as_ref().is_none_or(Heard::holds),
+        (Listening::Unknown { uid }, Some(process)) => process.uid_right && *uid == process.uid,
+        (Listening::Gateway | Listening::Unknown { .. }, None)
+        | (Listening::Nobody | Listening::Stranger { .. }, _) => false,
+    }
 }
 
 /// Whether we can look at all: a process without descriptors sees no lock and no listener, and must not conclude
@@ -575,35 +589,86 @@ pub(crate) fn responder_listens(node: &Node, listener: &Listener) -> bool {
         ))
 }
 
-fn probe_http(look: &mut Look, node: &Node, heard: Option<&Listener>, addr: SocketAddr, deadline: Deadline) {
-    let (heard_uid, node_uid) = (heard.map(|l| l.uid), node.ids.uid);
-    if heard.is_none() {
-        // The kernel's table has no listener: asking would tell the same, later.
+/// Asks the three questions; returns the tongue in which they were answered.
+fn probe_http(
+    look: &mut Look,
+    node: &Node,
+    want: &Want,
+    heard: Option<&Listener>,
+    addr: SocketAddr,
+    deadline: Deadline,
+) -> Tongue {
+    let refuse = |look: &mut Look| {
         look.health = Health::Refused;
         look.startup = Startup::Refused;
         look.ready = Ready::Refused;
-        return;
-    }
-    let ask = |path: &str, wait: Duration| http::get_at(addr, path, deadline.min(Deadline::after(wait)));
-    let first = ask("/healthz", FIRST_PROBE);
+        Tongue::Plain
+    };
+    let Some(heard) = heard else {
+        // The kernel's table has no listener: asking would tell the same, later.
+        return refuse(look);
+    };
+    let gateway = proven(look);
+    let known = look.heard.as_ref().and_then(|h| h.tongue);
+    // The certificate is looked at together with the hello: nothing is remembered then, so that it is shown anew.
+    let client = look.heard.as_ref().and_then(|h| h.client.clone()).filter(|_| !want.hello);
+    // A stranger, and koboshi's own responder, are asked in plain HTTP.
+    let expected = if gateway { known.unwrap_or_else(|| tls::configured(node)) } else { Tongue::Plain };
+    let (mut line, first, tongue) = ask_first(addr, expected, client.as_ref(), gateway, deadline);
     let wait = if matches!(first, Err(HttpError::TimedOut { .. })) { OTHER_PROBE } else { FIRST_PROBE };
     let ours = |e: &Result<Response, HttpError>| match e {
         Err(HttpError::OurSide { why }) => Some(why.clone()),
         Ok(_) | Err(HttpError::Refused | HttpError::TimedOut { .. } | HttpError::Garbage { .. }) => None,
     };
-    if heard_uid == Some(node_uid) && is_responder(&first) {
+    if heard.uid == node.ids.uid && is_responder(&first) {
         // koboshi's own voice in an emergency, ours or another's: no gateway, and nobody in a gateway's way.
         look.listening = Listening::Nobody;
-        look.health = Health::Refused;
-        look.startup = Startup::Refused;
-        look.ready = Ready::Refused;
-        return;
+        return refuse(look);
     }
-    let (second, third) = (ask("/startupz", wait), ask("/readyz", wait));
+    let mut ask = |path: &str| line.get(path, deadline.min(Deadline::after(wait)));
+    let (second, third) = (ask("/startupz"), ask("/readyz"));
+    if first.is_ok() {
+        if let Some(known) = &mut look.heard {
+            known.tongue = Some(tongue);
+            known.client = line.client();
+        }
+        if want.hello {
+            look.certificate = line.certificate().and_then(|shown| tls::notice(node, &shown));
+        }
+    }
     look.our_side = ours(&first).or_else(|| ours(&second)).or_else(|| ours(&third));
     look.health = read_health(first);
     look.startup = read_startup(second);
     look.ready = read_ready(third);
+    tongue
+}
+
+/// The first question decides the tongue of the rest. A change of `gateway.tls` waits for a restart, and a config may be
+/// gone: a gateway that does not understand the expected one is asked once in the other, and what it speaks is right.
+fn ask_first(
+    addr: SocketAddr,
+    expected: Tongue,
+    client: Option<&Client>,
+    gateway: bool,
+    deadline: Deadline,
+) -> (Line, Result<Response, HttpError>, Tongue) {
+    const BAD_REQUEST: u16 = 400;
+    let ask = |tongue: Tongue| {
+        let mut line = Line::new(addr, tongue, client.cloned());
+        let got = line.get("/healthz", deadline.min(Deadline::after(FIRST_PROBE)));
+        (line, got, tongue)
+    };
+    let first = ask(expected);
+    let misunderstood = match &first.1 {
+        Ok(response) => response.status == BAD_REQUEST,
+        Err(HttpError::Garbage { .. }) => true,
+        Err(HttpError::Refused | HttpError::TimedOut { .. } | HttpError::OurSide { .. }) => false,
+    };
+    if !gateway || !misunderstood {
+        return first;
+    }
+    let second = ask(expected.other());
+    if second.1.is_ok() { second } else { first }
 }
 
 fn json(response: &Response) -> Result<Value, String> {
@@ -693,10 +758,10 @@ pub fn read_ready(got: Result<Response, HttpError>) -> Ready {
 }
 
 /// A refused token is tried once more after config and secrets were read again: they may just have been changed.
-fn say_hello(node: &Node, addr: SocketAddr, deadline: Deadline) -> HelloResult {
+fn say_hello(node: &Node, addr: SocketAddr, tongue: Tongue, deadline: Deadline) -> HelloResult {
     let until = deadline.min(Deadline::after(HELLO_PROBE));
     let (token, _) = config::token(node);
-    let first = ws::hello_at(addr, &token, until);
+    let first = ws::hello_at(addr, tongue, &token, until);
     if first != HelloResult::TokenRefused {
         return first;
     }
@@ -704,7 +769,7 @@ fn say_hello(node: &Node, addr: SocketAddr, deadline: Deadline) -> HelloResult {
     match again {
         Token::Unknown(_) => HelloResult::NoToken,
         Token::Token(_) | Token::Password(_) | Token::Open if again == token => HelloResult::TokenRefused,
-        Token::Token(_) | Token::Password(_) | Token::Open => ws::hello_at(addr, &again, until),
+        Token::Token(_) | Token::Password(_) | Token::Open => ws::hello_at(addr, tongue, &again, until),
     }
 }
 

@@ -97,24 +97,6 @@ fn a_stranger_on_the_port_is_a_stranger() {
 }
 
 #[test]
-fn a_gateway_that_speaks_tls_is_not_a_wrong_answer() {
-    let dir = tempfile::tempdir().expect("dir");
-    let mut node = node_at(dir.path());
-    std::fs::create_dir_all(&node.state_dir).expect("mkdir");
-    // What a TLS server says to plain HTTP: an alert record.
-    let us = ProcessId::current().expect("us");
-    let file = lock::path(&node.state_dir, node.ids.uid);
-    std::fs::create_dir_all(file.parent().expect("parent")).expect("mkdir");
-    std::fs::write(&file, format!(r#"{{"pid":{},"startTime":{}}}"#, us.pid, us.start_ticks)).expect("write");
-    let (port, server) = crate::http::tests::serve(b"\x15\x03\x01\x00\x02\x02\x46", true);
-    node.port = port;
-    std::fs::write(&node.config_path, "{gateway:{mode:'local',tls:{enabled:true}}}").expect("write");
-    let seen = look(&node, &Want::default(), Deadline::after(Duration::from_secs(5)));
-    assert!(seen.our_side.is_some_and(|why| why.contains("TLS")));
-    drop(server);
-}
-
-#[test]
 fn no_time_is_our_own_failure() {
     let dir = tempfile::tempdir().expect("dir");
     let seen = look(&node_at(dir.path()), &Want::default(), Deadline::after(Duration::ZERO));

@@ -7,7 +7,7 @@
 
 use crate::identity::{Baseline, DbState, check_database, read_identity};
 use crate::refusal::{self, Checked};
-use crate::{Node, config, gates, identity, probe, update};
+use crate::{Node, config, gates, identity, probe, tls, update};
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
 use host::process::{Listener, ProcessId, listeners, owner_of};
@@ -52,6 +52,9 @@ pub fn examine(node: &Node, baseline: &Baseline, depth: Depth, deadline: Deadlin
     runtime(node, depth, deadline, &mut findings);
     service(node, &mut findings);
     (findings, checked) = configuration(node, baseline, deadline, findings);
+    findings.extend(
+        tls::refused_at_start(node).map(|what| finding(FaultKind::Notice, Some(Class::Config), what)),
+    );
     roots(node, baseline, &mut findings);
     databases(node, baseline, depth, deadline, &mut findings);
     schema(node, deadline, &mut findings);

@@ -4,13 +4,13 @@
 //! client is the gateway's own kind for local backends, which needs a shared token or password on loopback and
 //! no paired device; it asks for reading only. The token never appears in an error or a `Debug`.
 
-use crate::http::{HttpError, Timed};
+use crate::http::{HttpError, Stream, Tongue};
 use host::clock::Deadline;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use tungstenite::protocol::WebSocketConfig;
 use tungstenite::{HandshakeError, Message, WebSocket};
 
@@ -100,28 +100,27 @@ pub enum HelloResult {
     },
 }
 
-/// Says hello on 127.0.0.1.
+/// Says hello at this address. The token goes to whoever listens there: the caller has made sure who that is.
 #[must_use]
-pub fn hello(port: u16, token: &Token, deadline: Deadline) -> HelloResult {
-    hello_at(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port), token, deadline)
-}
-
-/// Says hello at this address.
-#[must_use]
-pub fn hello_at(addr: SocketAddr, token: &Token, deadline: Deadline) -> HelloResult {
+pub fn hello_at(addr: SocketAddr, tongue: Tongue, token: &Token, deadline: Deadline) -> HelloResult {
     let auth = match token {
         Token::Token(t) => Some(json!({ "token": t })),
         Token::Password(p) => Some(json!({ "password": p })),
         Token::Open => None,
         Token::Unknown(_) => return HelloResult::NoToken,
     };
-    converse(addr, auth, deadline).unwrap_or_else(|e| e)
+    converse(addr, tongue, auth, deadline).unwrap_or_else(|e| e)
 }
 
-type Socket = WebSocket<Timed>;
+type Socket = WebSocket<Stream>;
 
-fn converse(addr: SocketAddr, auth: Option<Value>, deadline: Deadline) -> Result<HelloResult, HelloResult> {
-    let stream = Timed::connect(addr, deadline).map_err(|e| match e {
+fn converse(
+    addr: SocketAddr,
+    tongue: Tongue,
+    auth: Option<Value>,
+    deadline: Deadline,
+) -> Result<HelloResult, HelloResult> {
+    let stream = Stream::connect(addr, tongue, deadline).map_err(|e| match e {
         HttpError::Refused => HelloResult::NoListener,
         HttpError::TimedOut { .. } => HelloResult::TimedOut,
         HttpError::Garbage { why } => HelloResult::Garbage { why },
@@ -130,6 +129,7 @@ fn converse(addr: SocketAddr, auth: Option<Value>, deadline: Deadline) -> Result
     let config = WebSocketConfig::default()
         .max_message_size(Some(MESSAGE_LIMIT_BYTES))
         .max_frame_size(Some(MESSAGE_LIMIT_BYTES));
+    // Also within TLS: the address only becomes the Host header.
     let request = format!("ws://{addr}/");
     let (mut socket, _) =
         tungstenite::client::client_with_config(request, stream, Some(config)).map_err(|e| match e {
@@ -271,7 +271,7 @@ fn of_error(e: &tungstenite::Error) -> HelloResult {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{Ipv4Addr, TcpListener};
     use std::thread::JoinHandle;
     use std::time::Duration;
 
@@ -279,6 +279,10 @@ mod tests {
     const STATUS: &str = include_str!("../tests/recorded/status.json");
     const MISMATCH: &str = include_str!("../tests/recorded/token-mismatch.json");
     const CHALLENGE: &str = include_str!("../tests/recorded/challenge.json");
+
+    fn hello(port: u16, token: &Token, deadline: Deadline) -> HelloResult {
+        hello_at(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), Tongue::Plain, token, deadline)
+    }
 
     /// A gateway of recorded frames: the challenge, then one frame for each request.
     fn gateway(answers: Vec<String>) -> (u16, JoinHandle<Vec<Value>>) {

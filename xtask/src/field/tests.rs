@@ -15,7 +15,7 @@ use std::time::Duration;
 type Test = fn(&mut Field) -> Result<(), String>;
 
 /// All of them.
-pub(super) const ALL: [(&str, Test); 11] = [
+pub(super) const ALL: [(&str, Test); 12] = [
     ("agent-killed", agent_killed),
     ("agent-ends", agent_ends),
     ("detection", detection),
@@ -25,6 +25,7 @@ pub(super) const ALL: [(&str, Test); 11] = [
     ("watch-mode", watch_mode),
     ("flipped-bytes", flipped_bytes),
     ("owners-will", owners_will),
+    ("tls", tls),
     ("port-taken", port_taken),
     ("first-process", first_process),
 ];
@@ -236,6 +237,79 @@ fn owners_will(field: &mut Field) -> Result<(), String> {
     let (code, told) = field.stage.ask(&["resume"], ASK_LIMIT)?;
     field.claim(code == 0, "`resume` is taken", || format!("exit {code}, {told}"));
     one_gateway(field, second)
+}
+
+/// A gateway that speaks TLS on its port, with a certificate of its own making.
+fn tls(field: &mut Field) -> Result<(), String> {
+    // OpenClaw makes its certificate with it.
+    if !Path::new("/usr/bin/openssl").exists() {
+        field.skipped.push(("tls", "this machine has no openssl".to_owned()));
+        return Ok(());
+    }
+    let path = field.stage.node("config_path")?;
+    let plain = std::fs::read(&path).map_err(|e| format!("read {}: {e}", path.display()))?;
+    let mut config: Value =
+        serde_json::from_slice(&plain).map_err(|e| format!("{} is no plain JSON: {e}", path.display()))?;
+    config["gateway"]["tls"] = serde_json::json!({ "enabled": true });
+    let incidents = field.stage.incidents()?;
+    let result = in_tls(field, &path, config.to_string().as_bytes(), &incidents);
+    // Back to what the other tests expect, however it went.
+    let (code, told) = restarted_with(field, &path, &plain)?;
+    field.claim(code == 0, "without TLS it serves as before", || format!("exit {code}, {told}"));
+    result
+}
+
+fn in_tls(field: &mut Field, path: &Path, config: &[u8], incidents: &[u64]) -> Result<(), String> {
+    let (code, told) = restarted_with(field, path, config)?;
+    field.claim(code == 0 && told["verdict"] == "serving", "with TLS: `node start` confirms it", || {
+        format!("exit {code}, {told}")
+    });
+    let before = field.stage.serving(RIGHTED)?;
+    let answer = asked_in_plain(field.stage.port);
+    field.claim(!answer.starts_with("HTTP/"), "it does speak TLS", || answer.clone());
+    let (code, told) = field.stage.ask(&["check"], ASK_LIMIT)?;
+    let whole = told["verdict"] == "serving" && told["confidence"] == "full";
+    field.claim(code == 0 && whole, "`check`: serving, with a hello and nothing to remark", || {
+        format!("exit {code}, {told}")
+    });
+    field.claim(told["findings"].as_array().is_some_and(Vec::is_empty), "nor about its certificate", || {
+        told["findings"].to_string()
+    });
+    let now = field.stage.incidents()?;
+    field.claim(now == incidents, "with nothing on record", || format!("{incidents:?} became {now:?}"));
+
+    field.stage.settled(RIGHTED)?;
+    field.stage.ration(Duration::ZERO)?;
+    kill(before)?;
+    let id = wait_for_incident(field, incidents, ADOPTED)?;
+    let records = field.stage.closed(id, RIGHTED)?;
+    let recovered = event(&records, "recovered").is_some();
+    field.claim(recovered, "killed, it is righted and the incident closes", || format!("{records:?}"));
+    one_gateway(field, before)
+}
+
+/// Stops the node, gives it this config and starts it. What the start said.
+fn restarted_with(field: &Field, path: &Path, config: &[u8]) -> Result<(i32, Value), String> {
+    field.stage.ask(&["node", "stop"], STOPS)?;
+    stage::overwrite(path, config)?;
+    field.stage.ration(Duration::ZERO)?;
+    field.stage.ask(&["node", "start"], RIGHTED)
+}
+
+/// What the port answers to a request in plain HTTP.
+fn asked_in_plain(port: u16) -> String {
+    use std::io::{Read, Write};
+    let mut said = Vec::new();
+    let asked = std::net::TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
+        stream.set_read_timeout(Some(ASK_LIMIT))?;
+        stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n")?;
+        stream.read_to_end(&mut said)
+    });
+    let said = String::from_utf8_lossy(&said).into_owned();
+    match asked {
+        Ok(_) => said,
+        Err(e) => format!("{said} ({e})"),
+    }
 }
 
 /// Somebody else's process on the gateway's port: not ours to end, and never mistaken for the gateway.

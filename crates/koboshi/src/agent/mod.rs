@@ -701,7 +701,8 @@ impl Agent {
         }
     }
 
-    /// What the judge only tells (an update that takes long, probes that fail on our own side), each once a day.
+    /// What the judge only tells (an update that takes long, probes that fail on our own side, a certificate that is
+    /// out of date), each once a day.
     fn pass_on_notices(&mut self, judgement: &Judgement, now: Moment) {
         const DAY_MS: u64 = 24 * 3_600_000;
         for finding in judgement.findings.iter().filter(|f| f.kind == engine::FaultKind::Notice) {
@@ -710,6 +711,8 @@ impl Agent {
                 Some(engine::Class::Program) if finding.what.starts_with("an update") => {
                     alert::Notice::UpdateLong
                 }
+                // All that the judge tells of the config while the node serves.
+                Some(engine::Class::Config) => alert::Notice::Certificate,
                 Some(_) => continue,
             };
             let told = |(k, at): &(alert::Notice, Moment)| {

@@ -138,7 +138,8 @@ fn room(target: &Node, base: &Path) -> Result<()> {
         ));
     }
     for (path, bytes) in [(base, SCRATCH_BYTES), (place::existing(&target.prefix), STAGE_BYTES)] {
-        if let Gate::Closed(why) = gates::space(path, bytes) {
+        // npm runs as the node's user.
+        if let Gate::Closed(why) = gates::space_for(path, bytes, target.ids.uid) {
             return Err(Error::new(Kind::NoSpace, what, why));
         }
     }

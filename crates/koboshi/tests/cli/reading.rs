@@ -60,7 +60,8 @@ fn status_without_an_agent_says_that_nothing_guards() {
     fake.start_gateway();
     let (object, code) = fake.json(&["status"]);
     assert_eq!(code, 0, "{object}");
-    assert_eq!(object["agent"]["running"], false);
+    assert_eq!((&object["agent"]["running"], &object["judged_by"]), (&json!(false), &json!("look")));
+    fake.koboshi(&["status"]).code(0).says("by one look of this command: no agent is there");
     assert_eq!(object["snapshots"]["count"], 0);
     assert_eq!(object["manager"], "embedded");
     let layers = object["layers"].as_array().unwrap();

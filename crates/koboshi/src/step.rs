@@ -40,6 +40,8 @@ pub enum Work {
     Examine {
         /// How closely.
         care: Care,
+        /// Also whether anything of the user's was written: a copy of the state may be due.
+        users: bool,
     },
     /// Takes a snapshot of these classes; all when none are named.
     Snapshot {
@@ -174,6 +176,8 @@ pub enum Answer {
         id: String,
         /// What it cost, in milliseconds.
         wall_ms: f64,
+        /// Files of the user's that lay still for long, that the last trusted snapshot holds and this one does not.
+        gone: Vec<PathBuf>,
     },
     /// Of `Settle`.
     Settled {
@@ -263,7 +267,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let places = Places::new(request.config_file.clone(), &config)?;
     let node = &request.node;
     match &request.work {
-        Work::Examine { care } => {
+        Work::Examine { care, users } => {
             // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
             let store = open_store(&places);
             // So is a proof that cannot be read: it proves nothing.
@@ -274,13 +278,17 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             if let Err(e) = store {
                 examination.notice(format!("the store cannot be used: {}", e.why));
             }
+            examination.low = examination.low.or_else(|| node::gates::low(&[&places.state_dir]));
+            examination.users = users.then(|| node::users::stamp(node, deadline));
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
             no_update_at_work(node, "take a snapshot")?;
+            let before = open_store(&places).ok().flatten().and_then(|s| s.newest_trusted(None).ok()?);
             let info =
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
-            Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
+            let gone = before.map(|b| gone(&places, &b.id, &info.id, deadline)).unwrap_or_default();
+            Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms, gone })
         }
         Work::Settle => {
             no_update_at_work(node, "trust the newest snapshot")?;
@@ -433,6 +441,18 @@ pub fn snapshot(
         baseline: serde_json::to_value(baseline).map_err(json)?,
     };
     store.snapshot(&request, progress, deadline)
+}
+
+/// What the user deleted since the last trusted snapshot, as far as it is worth a word: of the workspace and of
+/// credentials, and only what nobody had written for a week. Agents make and delete files all day. What cannot be compared
+/// is not told; the snapshot is taken all the same.
+fn gone(places: &Places, before: &str, now: &str, deadline: Deadline) -> Vec<PathBuf> {
+    const STILL: Duration = Duration::from_secs(7 * 86_400);
+    let Ok(Some(store)) = open_store(places) else { return Vec::new() };
+    let mut gone =
+        store.gone(before, now, &[Class::Workspace, Class::Credentials], STILL, deadline).unwrap_or_default();
+    gone.retain(|path| !node::users::comes_and_goes(path));
+    gone
 }
 
 /// Trusts the newest candidate if the live program, runtime, service files and config are exactly what it holds: the

@@ -21,6 +21,7 @@ pub mod signs;
 pub mod triage;
 pub mod units;
 pub mod update;
+pub mod users;
 pub mod ws;
 
 pub use find::{Found, Hint, find};

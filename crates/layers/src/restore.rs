@@ -270,6 +270,12 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
         }
         Err(e) => return Err(e.hint("the gateway is left running: it holds the only copy of these bytes")),
     };
+    for file in not_folded(&to) {
+        report.could_not(format!(
+            "the newest rows of a deleted database could not be read; its bytes and its log lie in {}",
+            file.display()
+        ));
+    }
     let mut saved = Vec::new();
     for one in found {
         if one.identity.is_none() && one.original == resolved(&bench.node.state_db()) {
@@ -282,6 +288,14 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
         saved.push(Saved { copy: one.file, live: one.original });
     }
     Ok(saved)
+}
+
+/// Main files that were kept as they were because no log would fold into them.
+fn not_folded(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+    let mut raw: Vec<PathBuf> = entries.filter(|p| p.extension().is_some_and(|e| e == "damaged")).collect();
+    raw.sort();
+    raw
 }
 
 /// What a try that was killed had saved and not yet put back, the newest of each.
@@ -750,6 +764,26 @@ mod tests {
         assert_eq!(std::fs::read(node.state_db()).unwrap(), b"the newest rows");
         assert!(copy.exists(), "the copy stays");
         assert!(!beside(&copy, BELONGS).exists(), "and is not put back a second time");
+    }
+
+    #[test]
+    fn a_database_that_was_only_kept_is_named_and_is_no_rescue() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, dir.path());
+        // As the salvage leaves a main file and a log that do not fold: no note says that they are a database.
+        let saved = bench.quarantine.join("salvaged/1");
+        std::fs::create_dir_all(&saved).unwrap();
+        for name in ["0-openclaw.sqlite.damaged", "0-openclaw.sqlite.damaged-wal.0", "1-whole.sqlite"] {
+            std::fs::write(saved.join(name), b"rows").unwrap();
+        }
+        assert_eq!(not_folded(&saved), [saved.join("0-openclaw.sqlite.damaged")]);
+        assert!(not_folded(dir.path()).is_empty() && not_folded(&dir.path().join("none")).is_empty());
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        let _ = work(&mut bench, &findings, false, false);
+        assert!(!node.state_db().exists(), "nothing unproven takes a database's place");
+        assert_eq!(std::fs::read_dir(&saved).unwrap().count(), 3, "and nothing of it goes");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! provably corrupt, or the node woke up without its memory; then only that part goes back, and the bytes that a
 //! running gateway still holds open are saved first, because they are newer than any snapshot.
 
+use crate::beside::Beside;
 use crate::{Bench, CameBack, Report, quiet, trial};
 use engine::{Class, FaultKind, Finding};
 use host::{Context, Error, Kind, Result};
@@ -344,27 +345,17 @@ pub(crate) fn bring_back(bench: &Bench<'_>, copy: &Path, live: &Path, report: &m
 /// Puts a rescued database where it was. The copy stays in the quarantine, and so does what the ending gateway may have
 /// made anew in its place: main file, `-wal` and `-shm` always move as one set.
 fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()> {
-    use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
     use std::os::unix::fs::MetadataExt;
     let what = || format!("put {} back", saved.live.display());
     let dir = saved.live.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
     let top = make_dirs(&resolved(&bench.node.state_dir), dir).context(what)?;
     let meta = std::fs::File::from(rustix::io::dup(&top).context(what)?).metadata().context(what)?;
     let name = saved.live.file_name().unwrap_or_default();
-    // The directory belongs to the node's user: nothing planted there is followed, opened or given away.
     let tmp = format!(".koboshi-{}-{}", std::process::id(), host::clock::now().ms);
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(&top, &tmp, flags, Mode::RUSR | Mode::WUSR).context(what)?;
-    let mut file = std::fs::File::from(fd);
-    let written = (|| {
-        std::io::copy(&mut std::fs::File::open(&saved.copy)?, &mut file)?;
-        std::os::unix::fs::fchown(&file, Some(meta.uid()), Some(meta.gid()))?;
-        file.sync_all()
-    })();
-    if let Err(e) = written {
-        let _ = rustix::fs::unlinkat(&top, &tmp, AtFlags::empty());
-        return Err(Error::io(what(), &e));
-    }
+    let mut new = Beside::write(top, tmp, Some((meta.uid(), meta.gid())), 0o600, |file| {
+        std::io::copy(&mut std::fs::File::open(&saved.copy)?, file).map(drop)
+    })
+    .context(what)?;
     let aside = bench.quarantine.join("made-anew");
     for suffix in ["-shm", "-wal", ""] {
         let path = beside(&saved.live, suffix);
@@ -373,15 +364,8 @@ fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()>
             host::exchange::move_aside(&path, &aside)?;
         }
     }
-    rustix::fs::renameat_with(&top, &tmp, &top, name, RenameFlags::NOREPLACE)
-        .or_else(|e| match e {
-            rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS => {
-                rustix::fs::renameat(&top, &tmp, &top, name)
-            }
-            other => Err(other),
-        })
-        .context(what)?;
-    rustix::fs::fsync(&top).context(what)?;
+    new.take(name).context(what)?;
+    new.sync().context(what)?;
     let _ = std::fs::remove_file(beside(&saved.copy, BELONGS));
     report.did(format!("{} is back with everything that was written to it", saved.live.display()));
     Ok(())
@@ -655,6 +639,7 @@ fn rows_known(known: Option<&Baseline>, copy: &serde_json::Value, class: Class) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nobody::Nobody;
 
     fn finding(kind: FaultKind, class: Option<Class>, evidence: &[&str]) -> Finding {
         Finding {
@@ -700,39 +685,6 @@ mod tests {
         let choice = Choice::of(&node, &[finding]);
         assert_eq!(choice.databases, BTreeSet::from([node.state_db()]));
         assert!(choice.missing.is_empty(), "files beside the database are not taken back");
-    }
-
-    struct Nobody;
-
-    impl host::service::Manager for Nobody {
-        fn kind(&self) -> &'static str {
-            "nobody"
-        }
-        fn look(&mut self, _: host::clock::Deadline) -> Result<host::service::ServiceState> {
-            Ok(host::service::ServiceState::unknown())
-        }
-        fn clear_latch(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn start(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn stop(
-            &mut self,
-            _: std::time::Duration,
-            _: host::clock::Deadline,
-        ) -> Result<host::service::Stopped> {
-            Ok(host::service::Stopped::Clean { took_ms: 0 })
-        }
-        fn hold(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn release(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn reload(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
     }
 
     fn bench<'a>(node: &'a Node, manager: &'a mut Nobody, dir: &Path) -> Bench<'a> {

@@ -235,6 +235,26 @@ pub enum Answer {
     },
 }
 
+impl Answer {
+    /// The part that was asked for, or in one line why there is none. A step that answers another question than it was
+    /// asked has failed, whatever it says.
+    pub fn wanted<T>(
+        answer: Option<Answer>,
+        pick: impl FnOnce(Answer) -> Option<T>,
+    ) -> std::result::Result<T, String> {
+        match answer {
+            Some(Answer::Failed { what, why }) => Err(format!("{what}: {why}")),
+            Some(answer) => pick(answer).ok_or_else(|| "it answered something else".to_owned()),
+            None => Err("it gave no answer in time".to_owned()),
+        }
+    }
+
+    /// The report of a layer's work.
+    pub fn report(self) -> Option<Report> {
+        if let Answer::Done(report) = self { Some(report) } else { None }
+    }
+}
+
 /// Where the answer to a request lies.
 pub fn answer_path(request: &Path) -> PathBuf {
     request.with_extension("answer")
@@ -647,4 +667,21 @@ fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Re
         done.extend(spare::make(node, &store, limit, deadline)?);
     }
     Ok(Answer::Tidied { done })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_answer_that_was_asked_for_counts() {
+        let wanted = |answer| Answer::wanted(answer, Answer::report);
+        let report = Report { done: vec!["stopped".into()], ..Report::default() };
+        assert_eq!(wanted(Some(Answer::Done(report))).map(|r| r.done), Ok(vec!["stopped".to_owned()]));
+        let failed = Answer::Failed { what: "stop".into(), why: "it lives".into() };
+        assert_eq!(wanted(Some(failed)).map(|r| r.done), Err("stop: it lives".to_owned()));
+        let other = Answer::Tidied { done: vec!["x".into()] };
+        assert!(wanted(Some(other)).is_err_and(|why| why.contains("something else")));
+        assert!(wanted(None).is_err_and(|why| why.contains("no answer")));
+    }
 }

@@ -278,21 +278,8 @@ impl Agent {
 
     /// Whether the switch heard us is told when it changes: it watches us, not we it.
     fn beaten(&mut self, answer: Option<Answer>) {
-        let why = match answer {
-            Some(Answer::Beaten { why }) => why,
-            Some(Answer::Failed { what, why }) => Some(format!("{what}: {why}")),
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Done(_),
-            )
-            | None => Some("it gave no answer in time".to_owned()),
-        };
+        let beaten = |a| if let Answer::Beaten { why } = a { Some(why) } else { None };
+        let why = Answer::wanted(answer, beaten).unwrap_or_else(Some);
         if self.daily.beat_heard != Some(why.is_none()) {
             self.daily.beat_heard = Some(why.is_none());
             match why {
@@ -789,29 +776,22 @@ impl Agent {
     }
 
     fn delivered(&mut self, now: Moment, answer: Option<Answer>) {
-        match answer {
-            Some(Answer::Delivered { accepted, waiting, again_ms }) => {
+        let delivered = |answer| {
+            let Answer::Delivered { accepted, waiting, again_ms } = answer else { return None };
+            Some((accepted, waiting, again_ms))
+        };
+        match Answer::wanted(answer, delivered) {
+            Ok((accepted, waiting, again_ms)) => {
                 self.accepted(&accepted);
                 if waiting > 0 {
                     let wait_ms = again_ms.unwrap_or(DELIVER_MOST_MS).min(DELIVER_MOST_MS);
                     self.daily.deliver_at = Some(now.plus_ms(wait_ms.max(1_000)));
                 }
             }
-            Some(Answer::Failed { what, why }) => {
-                self.say(&format!("{what}: {why}"));
+            Err(why) => {
+                self.say(&format!("delivering messages failed: {why}"));
                 self.daily.deliver_at = Some(now.plus_ms(RETRY_MS));
             }
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. }
-                | Answer::Done(_),
-            )
-            | None => self.daily.deliver_at = Some(now.plus_ms(RETRY_MS)),
         }
     }
 
@@ -825,27 +805,15 @@ impl Agent {
         self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
         let work = Work::Examine { care, users: false };
-        match self.runner.run("job-examine", work, &self.node, Some(&baseline), LIMIT) {
-            Ok(Answer::Examined(exam)) => {
-                self.keep((*exam).clone(), care);
-                Some(*exam)
+        let answer = self.runner.run("job-examine", work, &self.node, Some(&baseline), LIMIT);
+        let examined = |a| if let Answer::Examined(exam) = a { Some(*exam) } else { None };
+        match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), examined)) {
+            Ok(exam) => {
+                self.keep(exam.clone(), care);
+                Some(exam)
             }
-            Ok(Answer::Failed { what, why }) => {
-                self.say(&format!("{what}: {why}"));
-                None
-            }
-            Ok(
-                Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. }
-                | Answer::Done(_),
-            ) => None,
-            Err(e) => {
-                self.say(&e.to_string());
+            Err(why) => {
+                self.say(&format!("the disk could not be looked at: {why}"));
                 None
             }
         }

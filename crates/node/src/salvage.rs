@@ -333,17 +333,20 @@ mod tests {
         both
     }
 
+    /// Spoils the head of a log.
+    type Damage = fn(&mut [u8]);
+
     /// The main file alone would pass every check and lack the newest rows: it must not be put back as the database.
     #[test]
     fn a_database_whose_log_does_not_fold_is_kept_as_it_is_and_never_taken_without_it() {
-        let of_another_format = |head: &mut [u8]| {
+        let of_another_format: Damage = |head| {
             head[4..8].copy_from_slice(&9_999_999_u32.to_be_bytes());
             let sums = sums(head);
             head[24..32].copy_from_slice(&sums);
         };
-        let torn = |head: &mut [u8]| head[8..24].fill(0);
-        let breaks: [(&str, &dyn Fn(&mut [u8])); 2] =
-            [("a log of another format", &of_another_format), ("a log whose head is torn", &torn)];
+        let torn: Damage = |head| head[8..24].fill(0);
+        let breaks: [(&str, Damage); 2] =
+            [("a log of another format", of_another_format), ("a log whose head is torn", torn)];
         for (what, damage) in breaks {
             let dir = tempfile::tempdir().expect("dir");
             let node = node_at(dir.path());

@@ -1,13 +1,15 @@
 //! `koboshi install` and `koboshi uninstall`: the node is only read, down to the byte.
 
 use crate::fake::{Fake, same};
-use crate::gateway::{Agent, PATIENCE};
+use crate::gateway::Agent;
 use host::clock::Deadline;
 use serde_json::json;
 use std::time::Duration;
 
 /// koboshi's own places in these tests.
 const OWN: &[&str] = &["k"];
+/// A first snapshot, its settling and a repair, on a machine that has other work.
+const LIFE: Duration = Duration::from_secs(120);
 
 #[test]
 fn install_and_uninstall_leave_the_node_exactly_as_it_was() {
@@ -63,14 +65,14 @@ fn a_purge_after_a_whole_life_leaves_only_what_others_put_there() {
     fake.configure("[backup]\nsettle_s = 1\n[store]\nspare = true\nscrub_every_s = 96\n");
     fake.koboshi(&["node", "start"]).code(0);
     let agent = Agent::start(&fake);
-    let deadline = Deadline::after(PATIENCE);
+    let deadline = Deadline::after(LIFE);
     while fake.json(&["status"]).0["snapshots"]["newest_good"].is_null() {
         assert!(!deadline.passed(), "no good snapshot");
         std::thread::sleep(Duration::from_millis(100));
     }
     // An incident with something replaced, a pause, the key, orders.
     std::fs::write(fake.package().join("node_modules/ws/index.js"), "").unwrap();
-    let deadline = Deadline::after(PATIENCE);
+    let deadline = Deadline::after(LIFE);
     while fake.json(&["incidents", "list"]).0["incidents"][0]["outcome"] != "recovered" {
         assert!(!deadline.passed(), "no incident");
         std::thread::sleep(Duration::from_millis(100));

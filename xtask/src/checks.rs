@@ -53,15 +53,25 @@ fn unit(root: &Path, tally: &mut Tally) {
         let ok = ran.ok();
         let (passed, failed, binaries) = count(&ran.stdout);
         output = ran.stdout;
-        // A build that failed, or a test binary that died, has no line to be counted by.
+        // A build that failed has no line to be counted by.
         let unseen = (!ok && failed == 0) || binaries == 0;
+        if unseen {
+            println!("the run failed and no test did: {passed} tests in {binaries} binaries were counted");
+        }
         (passed, failed + u64::from(unseen))
     });
-    let images = named(&output, &["crash", "every_sync", "power_cut"]);
     tally.part("crash images among them", |_| {
-        images.iter().for_each(|name| println!("{name}"));
-        // They are counted above; here only that the journal's and the store's exist at all.
-        if images.is_empty() { (0, 1) } else { (0, 0) }
+        let mut sum = (0, 0);
+        for (what, sources) in IMAGES {
+            // They are counted above; here only that each of the two had one that passed.
+            let passed = images(&declared(&root.join(sources)), &output);
+            passed.iter().for_each(|name| println!("{what}: {name}"));
+            if passed.is_empty() {
+                println!("{what}: no crash image below {sources} ran and passed");
+            }
+            sum = (sum.0 + u64::from(!passed.is_empty()), sum.1 + u64::from(passed.is_empty()));
+        }
+        sum
     });
     for (what, why) in untried() {
         tally.skip(what, why);
@@ -84,26 +94,64 @@ fn untried() -> Vec<(&'static str, &'static str)> {
     out
 }
 
-/// Passed, failed, and the number of test binaries that told, from cargo's output.
+/// Passed, failed, and the number of test binaries, from cargo's output. A binary that died or was ended in the middle has
+/// no result: what it had told by then counts, and its death is one failure.
 fn count(output: &str) -> (u64, u64, u64) {
     let mut sum = (0, 0, 0);
-    for line in output.lines().filter(|l| l.starts_with("test result: ")) {
-        let number = |word: &str| {
-            line.split([';', '.'])
-                .find_map(|p| p.trim().strip_suffix(word)?.trim().parse::<u64>().ok())
-                .unwrap_or(0)
-        };
-        sum = (sum.0 + number("passed"), sum.1 + number("failed"), sum.2 + 1);
+    let mut open: Option<u64> = None;
+    for line in output.lines() {
+        let begins =
+            line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test");
+        if let Some(told) = open.filter(|_| begins) {
+            sum = (sum.0 + told, sum.1 + 1, sum.2 + 1);
+        }
+        if begins {
+            open = Some(0);
+        } else if line.starts_with("test result: ") {
+            let number = |word: &str| {
+                line.split([';', '.'])
+                    .find_map(|p| p.trim().strip_suffix(word)?.trim().parse::<u64>().ok())
+                    .unwrap_or(0)
+            };
+            sum = (sum.0 + number("passed"), sum.1 + number("failed"), sum.2 + 1);
+            open = None;
+        } else if let Some(told) = &mut open {
+            *told += u64::from(passed(line).is_some());
+        }
     }
-    sum
+    match open {
+        Some(told) => (sum.0 + told, sum.1 + 1, sum.2 + 1),
+        None => sum,
+    }
 }
 
-/// Names of tests that ran and contain one of the words.
-fn named(output: &str, words: &[&str]) -> Vec<String> {
-    output
-        .lines()
-        .filter_map(|l| l.strip_prefix("test ")?.split_once(" ... ").map(|(name, _)| name.to_owned()))
-        .filter(|name| words.iter().any(|w| name.contains(w)))
+/// The name of the test that this line says has passed.
+fn passed(line: &str) -> Option<&str> {
+    let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    (result == "ok").then_some(name)
+}
+
+/// Where tests that cut a file at every sync must be, at least one each.
+const IMAGES: [(&str, &str); 2] =
+    [("host's journal", "crates/host/src/journal"), ("the store", "crates/store/tests")];
+
+/// The functions of the sources below that are crash images by their names.
+fn declared(dir: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let functions = text.lines().filter_map(|l| l.trim_start().strip_prefix("fn ")?.split_once('('));
+        let image = |name: &&str| ["crash", "power_cut"].iter().any(|word| name.contains(word));
+        names.extend(functions.map(|(name, _)| name).filter(image).map(str::to_owned));
+    }
+    names
+}
+
+/// Which of these functions ran as tests and passed.
+fn images(declared: &[String], output: &str) -> Vec<String> {
+    let ran = output.lines().filter_map(passed);
+    ran.filter(|name| name.rsplit("::").next().is_some_and(|last| declared.iter().any(|d| d == last)))
+        .map(str::to_owned)
         .collect()
 }
 
@@ -134,7 +182,29 @@ mod tests {
             test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
             test result: ok. 40 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.20s\n";
         assert_eq!(count(output), (42, 1, 2));
-        assert_eq!(named(output, &["crash"]), ["a::crash_at_every_sync"]);
         assert_eq!(count("error: could not compile"), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_a_binary_told_before_it_died_counts_and_so_does_its_death() {
+        let died = "running 3 tests\ntest a ... ok\ntest b ... ok\ntest c ... \n";
+        let whole = "running 1 test\ntest d ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored\n";
+        assert_eq!(count(&format!("{died}{whole}")), (3, 1, 2));
+        assert_eq!(count(&format!("{whole}{died}")), (3, 1, 2), "ended at its deadline");
+        assert_eq!(count(&format!("{whole}{whole}")), (2, 0, 2));
+    }
+
+    #[test]
+    fn each_place_needs_a_crash_image_that_passed() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let of = |n: usize| declared(&root.join(IMAGES[n].1));
+        assert!(of(0).contains(&"power_cut_at_every_call".to_owned()), "{:?}", of(0));
+        assert!(!of(1).is_empty());
+        assert!(!of(1).contains(&"power_cut_at_every_call".to_owned()), "each its own");
+        let ok = "test journal::tests::power_cut_at_every_call ... ok\n";
+        assert_eq!(images(&of(0), ok), ["journal::tests::power_cut_at_every_call"]);
+        assert!(images(&of(1), ok).is_empty(), "the journal's is none of the store's");
+        assert!(images(&of(0), &ok.replace("ok", "FAILED")).is_empty());
+        assert!(declared(&root.join("crates/none")).is_empty());
     }
 }

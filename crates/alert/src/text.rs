@@ -77,8 +77,6 @@ pub enum Notice {
     StoppedByOwner,
     /// An enabled unit was stopped without a word; it was started again, once.
     StartedAgain,
-    /// Damage was put right on disk while the node went on serving.
-    RepairedInPlace,
     /// An update has been at work for long while the node serves.
     UpdateLong,
     /// A new version or a new identity is the baseline now.
@@ -112,7 +110,6 @@ impl Notice {
             Notice::NotMended => "not-mended",
             Notice::StoppedByOwner => "stopped-by-owner",
             Notice::StartedAgain => "started-again",
-            Notice::RepairedInPlace => "repaired-in-place",
             Notice::UpdateLong => "update-long",
             Notice::NewBaseline => "new-baseline",
             Notice::FileMissing => "file-missing",
@@ -168,7 +165,6 @@ impl Kind {
                 Notice::LeftAlone
                 | Notice::StoppedByOwner
                 | Notice::StartedAgain
-                | Notice::RepairedInPlace
                 | Notice::UpdateLong
                 | Notice::NewBaseline
                 | Notice::PauseEnded
@@ -491,18 +487,6 @@ fn notice_words(notice: Notice) -> Row {
                 ],
             },
         },
-        Notice::RepairedInPlace => Row {
-            en: Words {
-                what: "{node} on {host} was damaged on disk and repaired while it served",
-                why: WHY_EN,
-                then: &["What was replaced and where it lies now: koboshi incidents show {incident}"],
-            },
-            ja: Words {
-                what: "{host} の {node} のディスク上の破損を、稼働させたまま修復しました",
-                why: WHY_JA,
-                then: &["置き換えたものとその保管場所: koboshi incidents show {incident}"],
-            },
-        },
         Notice::UpdateLong => Row {
             en: Words {
                 what: "{node} on {host}: an update has been at work for long",
@@ -781,7 +765,7 @@ mod tests {
         }
     }
 
-    const EVERY: [Kind; 20] = [
+    const EVERY: [Kind; 19] = [
         Kind::Opening,
         Kind::Emergency,
         Kind::Closing,
@@ -791,7 +775,6 @@ mod tests {
         Kind::Notice(Notice::NotMended),
         Kind::Notice(Notice::StoppedByOwner),
         Kind::Notice(Notice::StartedAgain),
-        Kind::Notice(Notice::RepairedInPlace),
         Kind::Notice(Notice::UpdateLong),
         Kind::Notice(Notice::NewBaseline),
         Kind::Notice(Notice::FileMissing),

@@ -110,8 +110,11 @@ pub fn make_private_dir(path: &Path) -> Result<()> {
 /// Room on a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {
-    /// Bytes that we may still write.
+    /// Bytes that we may still write: as root also those that are kept back for root.
     pub free_bytes: u64,
+    /// Bytes that a user without privileges may still write: what counts for everything a node's own user does, and all
+    /// that koboshi plans with for itself. The reserve is for repairs.
+    pub user_bytes: u64,
     /// Its size in bytes.
     pub total_bytes: u64,
     /// Inodes that may still be made; `u64::MAX` where the file system makes them as needed.
@@ -125,13 +128,26 @@ pub struct Space {
 pub fn free(path: &Path) -> Result<Space> {
     let there = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
     let s = rustix::fs::statvfs(there).context(|| format!("asking the room at {}", there.display()))?;
-    // Root may use the reserve; others may not.
-    let blocks = if rustix::process::geteuid().is_root() { s.f_bfree } else { s.f_bavail };
-    Ok(Space {
-        free_bytes: blocks.saturating_mul(s.f_frsize),
-        total_bytes: s.f_blocks.saturating_mul(s.f_frsize),
-        free_inodes: if s.f_files == 0 { u64::MAX } else { s.f_favail },
-    })
+    Ok(Space::of(&s, rustix::process::geteuid().is_root()))
+}
+
+impl Space {
+    fn of(s: &rustix::fs::StatVfs, root: bool) -> Space {
+        // Root may use the reserve; others may not.
+        let blocks = if root { s.f_bfree } else { s.f_bavail };
+        Space {
+            free_bytes: blocks.saturating_mul(s.f_frsize),
+            user_bytes: s.f_bavail.saturating_mul(s.f_frsize),
+            total_bytes: s.f_blocks.saturating_mul(s.f_frsize),
+            free_inodes: if s.f_files == 0 { u64::MAX } else { s.f_favail },
+        }
+    }
+
+    /// What a process of this user may still write.
+    #[must_use]
+    pub fn for_user(&self, uid: u32) -> u64 {
+        if uid == 0 { self.free_bytes } else { self.user_bytes }
+    }
 }
 
 /// Whether two paths lie on one file system (their nearest existing parents are asked).
@@ -312,10 +328,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_back_for_root_is_free_for_root_alone() {
+        let mut s = rustix::fs::statvfs(".").unwrap();
+        (s.f_frsize, s.f_blocks, s.f_bfree, s.f_bavail) = (4_096, 1_000, 50, 10);
+        let (root, user) = (Space::of(&s, true), Space::of(&s, false));
+        assert_eq!((root.free_bytes, root.user_bytes), (50 * 4_096, 10 * 4_096));
+        assert_eq!((user.free_bytes, user.user_bytes), (10 * 4_096, 10 * 4_096));
+        assert_eq!((root.for_user(0), root.for_user(1_000)), (50 * 4_096, 10 * 4_096));
+    }
+
+    #[test]
     fn room_and_size_are_told() {
         let (_keep, dir) = dir();
         let space = free(&dir.join("not/there/yet")).unwrap();
         assert!(space.total_bytes >= space.free_bytes && space.free_inodes > 0);
+        assert!(space.user_bytes <= space.free_bytes);
         assert!(same_fs(&dir, &dir.join("new")).unwrap());
         assert!(!same_fs(&dir, Path::new("/proc")).unwrap());
         std::fs::create_dir(dir.join("d")).unwrap();

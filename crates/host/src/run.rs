@@ -54,31 +54,6 @@ impl Ids {
     }
 }
 
-/// Does work as another user: on a thread of its own whose credentials are that user's, so that the kernel itself keeps
-/// the work within what that user may do. Threads that it starts are that user's too; ours stay ours.
-///
-/// # Errors
-/// When that user cannot be become, or the work itself fails.
-pub fn as_user<T: Send>(ids: Ids, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    if ids == Ids::current() {
-        return work();
-    }
-    let what = || format!("working as user {}", ids.uid);
-    let groups: Vec<rustix::process::Gid> =
-        ids.groups().into_iter().map(rustix::process::Gid::from_raw).collect();
-    std::thread::scope(|scope| {
-        let other = scope.spawn(move || {
-            let (uid, gid) =
-                (rustix::process::Uid::from_raw(ids.uid), rustix::process::Gid::from_raw(ids.gid));
-            rustix::thread::set_thread_groups(&groups).context(what)?;
-            rustix::thread::set_thread_res_gid(gid, gid, gid).context(what)?;
-            rustix::thread::set_thread_res_uid(uid, uid, uid).context(what)?;
-            work()
-        });
-        other.join().unwrap_or_else(|_| Err(Error::new(Kind::System, what(), "it broke off")))
-    })
-}
-
 fn groups_from(ids: Ids, passwd: &str, group: &str) -> Vec<u32> {
     let mut groups = vec![ids.gid];
     let user = passwd.lines().find_map(|line| {

@@ -8,19 +8,20 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::run::Ids;
 use rustix::process::{Gid, Uid};
 
-/// Does the work as this user; directly, when that is who we are.
+/// Does the work as this user; directly, when that is who we are. Threads that the work starts are that user's too; ours
+/// stay ours.
 ///
 /// # Errors
-/// When we may not become that user. Nothing was done then.
-pub fn as_user<T: Send>(ids: Ids, work: impl FnOnce() -> T + Send) -> Result<T> {
+/// When we may not become that user (nothing was done then), or the work itself fails.
+pub fn as_user<T: Send>(ids: Ids, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     if ids == Ids::current() {
-        return Ok(work());
+        return work();
     }
     let groups: Vec<Gid> = ids.groups().into_iter().map(Gid::from_raw).collect();
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
             become_user(ids, &groups)?;
-            Ok(work())
+            work()
         });
         let what = || format!("working as user {}", ids.uid);
         thread.join().unwrap_or_else(|_| Err(Error::new(Kind::System, what(), "the work came to no end")))
@@ -58,7 +59,7 @@ mod tests {
         let nobody = Ids { uid: 65_534, gid: 65_534 };
         let (read, id) = as_user(nobody, || {
             let id = run(&Cmd::new("id", ["-u"]), Deadline::after(Duration::from_secs(20))).unwrap();
-            (std::fs::read(&file).map_err(|e| e.kind()), String::from_utf8(id.stdout).unwrap())
+            Ok((std::fs::read(&file).map_err(|e| e.kind()), String::from_utf8(id.stdout).unwrap()))
         })
         .unwrap();
         assert_eq!(read, Err(std::io::ErrorKind::PermissionDenied));
@@ -70,6 +71,8 @@ mod tests {
 
     #[test]
     fn as_oneself_it_is_simply_done() {
-        assert_eq!(as_user(Ids::current(), || 7).unwrap(), 7);
+        assert_eq!(as_user(Ids::current(), || Ok(7)).unwrap(), 7);
+        let failed = as_user(Ids::current(), || Err::<(), _>(Error::new(Kind::NotFound, "look", "gone")));
+        assert_eq!(failed.map_err(|e| e.kind), Err(Kind::NotFound));
     }
 }

@@ -254,9 +254,17 @@ fn sensible(file: &Path, config: &Config) -> Result<()> {
     }
 }
 
+/// Whether the file is there. One that cannot be looked for is no missing one: its owner's wishes are not ours to drop.
+pub fn there(file: &Path) -> Result<bool> {
+    file.try_exists().map_err(|e| {
+        Error::new(Kind::Usage, format!("read the configuration {}", file.display()), e)
+            .hint("let this user read it, or name another with --config FILE")
+    })
+}
+
 fn fragments(file: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    if file.exists() {
+    if there(file)? {
         found.push(file.to_owned());
     }
     let drop_ins = file.with_file_name("koboshi.d");

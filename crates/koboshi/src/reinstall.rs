@@ -90,7 +90,8 @@ fn common(node: &Node, seen: Seen<'_>) -> Result<(), String> {
             MEMORY_BYTES >> 20
         ));
     }
-    match gates::space(&node.prefix, SPACE_BYTES) {
+    // npm runs as the node's user.
+    match gates::space_for(&node.prefix, SPACE_BYTES, node.ids.uid) {
         Gate::Open => Ok(()),
         Gate::Closed(why) => Err(why),
     }

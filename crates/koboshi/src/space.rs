@@ -16,7 +16,8 @@ pub fn limit_bytes(config: &Config, places: &Places) -> Result<u64> {
     }
     let space = files::free(existing(&places.state_dir))?;
     let ours = files::tree_size(&places.state_dir, 1_000_000).map_or(0, |s| s.disk_bytes);
-    Ok(MOST_BYTES.min((space.free_bytes + ours) / 100 * SHARE_PERCENT))
+    // What is kept back for root is not ours to plan with.
+    Ok(MOST_BYTES.min((space.user_bytes + ours) / 100 * SHARE_PERCENT))
 }
 
 /// The nearest directory above that exists.

@@ -57,7 +57,7 @@ pub fn make(node: &Node, store: &Store, limit_bytes: u64, deadline: Deadline) ->
     // Blocks and inodes cost more than the bytes: measured 18 % on a real tree; a third is a safe guess.
     let need = program.bytes + program.bytes / 3;
     let space = files::free(&node.prefix)?;
-    if need > limit_bytes / 2 || need > space.free_bytes / 4 {
+    if need > limit_bytes / 2 || need > space.user_bytes / 4 {
         return Ok(vec![format!("no spare: {need} bytes would be too much of the space there is")]);
     }
     std::fs::create_dir_all(&dir).context(|| format!("make {}", dir.display()))?;

@@ -40,6 +40,8 @@ pub enum Work {
     Examine {
         /// How closely.
         care: Care,
+        /// Also whether anything of the user's was written: a copy of the state may be due.
+        users: bool,
     },
     /// Takes a snapshot of these classes; all when none are named.
     Snapshot {
@@ -174,6 +176,8 @@ pub enum Answer {
         id: String,
         /// What it cost, in milliseconds.
         wall_ms: f64,
+        /// Files of the user's that lay still for long, that the last trusted snapshot holds and this one does not.
+        gone: Vec<PathBuf>,
     },
     /// Of `Settle`.
     Settled {
@@ -231,6 +235,26 @@ pub enum Answer {
     },
 }
 
+impl Answer {
+    /// The part that was asked for, or in one line why there is none. A step that answers another question than it was
+    /// asked has failed, whatever it says.
+    pub fn wanted<T>(
+        answer: Option<Answer>,
+        pick: impl FnOnce(Answer) -> Option<T>,
+    ) -> std::result::Result<T, String> {
+        match answer {
+            Some(Answer::Failed { what, why }) => Err(format!("{what}: {why}")),
+            Some(answer) => pick(answer).ok_or_else(|| "it answered something else".to_owned()),
+            None => Err("it gave no answer in time".to_owned()),
+        }
+    }
+
+    /// The report of a layer's work.
+    pub fn report(self) -> Option<Report> {
+        if let Answer::Done(report) = self { Some(report) } else { None }
+    }
+}
+
 /// Where the answer to a request lies.
 pub fn answer_path(request: &Path) -> PathBuf {
     request.with_extension("answer")
@@ -263,7 +287,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let places = Places::new(request.config_file.clone(), &config)?;
     let node = &request.node;
     match &request.work {
-        Work::Examine { care } => {
+        Work::Examine { care, users } => {
             // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
             let store = open_store(&places);
             // So is a proof that cannot be read: it proves nothing.
@@ -274,13 +298,17 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             if let Err(e) = store {
                 examination.notice(format!("the store cannot be used: {}", e.why));
             }
+            examination.low = examination.low.or_else(|| node::gates::low(&[&places.state_dir]));
+            examination.users = users.then(|| node::users::stamp(node, deadline));
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
             no_update_at_work(node, "take a snapshot")?;
+            let before = open_store(&places).ok().flatten().and_then(|s| s.newest_trusted(None).ok()?);
             let info =
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
-            Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms })
+            let gone = before.map(|b| gone(&places, &b.id, &info.id, deadline)).unwrap_or_default();
+            Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms, gone })
         }
         Work::Settle => {
             no_update_at_work(node, "trust the newest snapshot")?;
@@ -433,6 +461,18 @@ pub fn snapshot(
         baseline: serde_json::to_value(baseline).map_err(json)?,
     };
     store.snapshot(&request, progress, deadline)
+}
+
+/// What the user deleted since the last trusted snapshot, as far as it is worth a word: of the workspace and of
+/// credentials, and only what nobody had written for a week. Agents make and delete files all day. What cannot be compared
+/// is not told; the snapshot is taken all the same.
+fn gone(places: &Places, before: &str, now: &str, deadline: Deadline) -> Vec<PathBuf> {
+    const STILL: Duration = Duration::from_secs(7 * 86_400);
+    let Ok(Some(store)) = open_store(places) else { return Vec::new() };
+    let mut gone =
+        store.gone(before, now, &[Class::Workspace, Class::Credentials], STILL, deadline).unwrap_or_default();
+    gone.retain(|path| !node::users::comes_and_goes(path));
+    gone
 }
 
 /// Trusts the newest candidate if the live program, runtime, service files and config are exactly what it holds: the
@@ -627,4 +667,21 @@ fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Re
         done.extend(spare::make(node, &store, limit, deadline)?);
     }
     Ok(Answer::Tidied { done })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_answer_that_was_asked_for_counts() {
+        let wanted = |answer| Answer::wanted(answer, Answer::report);
+        let report = Report { done: vec!["stopped".into()], ..Report::default() };
+        assert_eq!(wanted(Some(Answer::Done(report))).map(|r| r.done), Ok(vec!["stopped".to_owned()]));
+        let failed = Answer::Failed { what: "stop".into(), why: "it lives".into() };
+        assert_eq!(wanted(Some(failed)).map(|r| r.done), Err("stop: it lives".to_owned()));
+        let other = Answer::Tidied { done: vec!["x".into()] };
+        assert!(wanted(Some(other)).is_err_and(|why| why.contains("something else")));
+        assert!(wanted(None).is_err_and(|why| why.contains("no answer")));
+    }
 }

@@ -83,7 +83,7 @@ fn kept(places: &Places) -> Result<Vec<Contact>> {
 /// Reads the node's chat accounts as the node's user and keeps them sealed: how many there are, and why an account
 /// gave nothing. When none can be read of those that are configured, what was known before stands.
 pub fn remember(places: &Places, node: &Node, deadline: Deadline) -> Result<(usize, Vec<String>)> {
-    let look = user::as_user(node.ids, || contacts::contacts(node, deadline))??;
+    let look = user::as_user(node.ids, || contacts::contacts(node, deadline))?;
     let before = kept(places).unwrap_or_default();
     if look.found.is_empty() && !look.missing.is_empty() {
         return Ok((before.len(), look.missing));

@@ -10,7 +10,7 @@ use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
 use host::{Kind, Result};
 use node::refusal::Checked;
-use node::{Baseline, Node, triage};
+use node::{Baseline, Node, gates, triage};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
@@ -80,6 +80,12 @@ pub struct Examination {
     pub version: Option<String>,
     /// Hash of what a start would run with now: program, runtime, config and databases as they lie on disk.
     pub inputs: u64,
+    /// Why the node or its backups will soon lack space, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low: Option<String>,
+    /// What the user's files looked like, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub users: Option<node::users::Stamp>,
     /// What the program itself says of the config, so that it need not be asked again about the same one.
     #[serde(default)]
     pub checked: Option<Checked>,
@@ -187,6 +193,8 @@ pub fn examine(
         ages_s: trusted.as_ref().map(ages).unwrap_or_default(),
         findings,
         differences,
+        low: gates::low(&[&node.state_dir, &node.package_dir]),
+        users: None,
         checked,
         cpu_ms: cpu_ms(),
         wall_ms: host::clock::now().since_ms(began).unwrap_or(0) as f64,

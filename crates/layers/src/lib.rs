@@ -3,11 +3,14 @@
 //!
 //! [`examine`] is the common look at the disk that all of them, and the decision between them, are fed by.
 
+mod beside;
 pub mod examine;
 pub mod in_place;
 pub mod install;
 pub mod lend;
 mod mend;
+#[cfg(test)]
+mod nobody;
 pub mod peer_copy;
 pub mod quiet;
 pub mod restart;

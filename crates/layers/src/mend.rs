@@ -5,16 +5,17 @@
 //! that. What comes out is offered to the program before it takes the live file's place, and a mend that would change
 //! who may come in is none. The live file goes to the quarantine as it was.
 
+use crate::beside::Beside;
 use crate::{Bench, Report};
 use engine::Class;
 use host::{Context, Error, Kind, Result};
 use node::config;
 use node::refusal::{self, Refusal};
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{Mode, OFlags};
 use serde_json::Value;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Refusals uncover others behind them; a config that needs more rounds than this is not mended by leaves.
 const MOST_ROUNDS: usize = 3;
@@ -52,8 +53,8 @@ pub(crate) fn config(bench: &Bench<'_>, report: &mut Report) -> Result<bool> {
                 None => return Ok(false),
             }
         }
-        let beside = write_beside(bench, path, &value)?;
-        match refusal::ask(node, &beside.path, bench.deadline) {
+        let (beside, at) = write_beside(bench, path, &value)?;
+        match refusal::ask(node, &at, bench.deadline) {
             Ok(now) => {
                 let left: Vec<Refusal> = now.into_iter().filter(|r| !borne.contains(r)).collect();
                 if left.is_empty() {
@@ -62,7 +63,7 @@ pub(crate) fn config(bench: &Bench<'_>, report: &mut Report) -> Result<bool> {
                     {
                         return Ok(false);
                     }
-                    beside.take_the_place_of(path, bench)?;
+                    put_in_place(beside, &at, path, bench)?;
                     for words in done {
                         report.did(format!("config: {words}"));
                     }
@@ -159,101 +160,50 @@ fn at_mut<'a>(value: &'a mut Value, way: &[String]) -> Option<&'a mut Value> {
     })
 }
 
-/// A file beside the config, of the same owner and mode, until it takes the config's place or is given up.
-struct Beside {
-    dir: std::os::fd::OwnedFd,
-    name: String,
-    path: std::path::PathBuf,
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        let _ = rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::empty());
-    }
-}
-
-/// The directory belongs to the node's user: nothing planted there is followed, opened or given away.
-fn write_beside(bench: &Bench<'_>, path: &Path, value: &Value) -> Result<Beside> {
+/// The mended config beside the live one, of the same owner and mode: the program is asked about it there.
+fn write_beside(bench: &Bench<'_>, path: &Path, value: &Value) -> Result<(Beside, PathBuf)> {
     let what = || format!("write a mended {}", path.display());
     let parent = path.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(node::roots::resolved(parent), flags, Mode::empty()).context(what)?;
     let meta = std::fs::symlink_metadata(path).context(what)?;
+    let owner = (bench.node.ids != host::run::Ids::current()).then_some((meta.uid(), meta.gid()));
     let name = format!(".koboshi-tmp-config-{}-{}.json", std::process::id(), host::clock::now().ms);
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR).context(what)?;
-    let beside = Beside { dir, path: parent.join(&name), name };
-    let mut file = std::fs::File::from(fd);
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::System, what(), e))?;
-    file.write_all(text.as_bytes()).context(what)?;
-    file.write_all(b"\n").context(what)?;
-    if bench.node.ids != host::run::Ids::current() {
-        std::os::unix::fs::fchown(&file, Some(meta.uid()), Some(meta.gid())).context(what)?;
-    }
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(meta.mode() & 0o777)).context(what)?;
-    file.sync_all().context(what)?;
-    Ok(beside)
+    let beside = Beside::write(dir, name, owner, meta.mode(), |file| {
+        file.write_all(text.as_bytes())?;
+        file.write_all(b"\n")
+    });
+    let beside = beside.context(what)?;
+    let at = parent.join(beside.name());
+    Ok((beside, at))
 }
 
-impl Beside {
-    /// Exchanges the two, then moves what was there to the quarantine: the path is never empty in between.
-    fn take_the_place_of(self, path: &Path, bench: &Bench<'_>) -> Result<()> {
-        let what = || format!("put the mended {} in place", path.display());
-        let name = path.file_name().ok_or_else(|| Error::new(Kind::System, what(), "it has no name"))?;
-        let aside = bench.quarantine.join("config-before-mend");
-        std::fs::create_dir_all(&aside).context(what)?;
-        match rustix::fs::renameat_with(&self.dir, &self.name, &self.dir, name, RenameFlags::EXCHANGE) {
-            Ok(()) => {
-                host::exchange::move_aside(&self.path, &aside)?;
-            }
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                // No exchange on this file system: a copy goes to the quarantine first.
-                std::fs::copy(path, aside.join(name)).context(what)?;
-                rustix::fs::renameat(&self.dir, &self.name, &self.dir, name).context(what)?;
-            }
-            Err(e) => return Err(e).context(what),
+/// Exchanges the two, then moves what was there to the quarantine: the path is never empty in between.
+fn put_in_place(mut beside: Beside, at: &Path, path: &Path, bench: &Bench<'_>) -> Result<()> {
+    let what = || format!("put the mended {} in place", path.display());
+    let name = path.file_name().ok_or_else(|| Error::new(Kind::System, what(), "it has no name"))?;
+    let aside = bench.quarantine.join("config-before-mend");
+    std::fs::create_dir_all(&aside).context(what)?;
+    if beside.exchange(name).context(what)? {
+        if let Err(e) = host::exchange::move_aside(at, &aside) {
+            // Its owner's config is not left lying under a name of ours.
+            let _ = beside.exchange(name);
+            return Err(e);
         }
-        rustix::fs::fsync(&self.dir).context(what)
+    } else {
+        // No exchange on this file system: a copy goes to the quarantine first.
+        std::fs::copy(path, aside.join(name)).context(what)?;
+        beside.replace(name).context(what)?;
     }
+    beside.sync().context(what)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nobody::Nobody;
     use serde_json::json;
-
-    struct Nobody;
-
-    impl host::service::Manager for Nobody {
-        fn kind(&self) -> &'static str {
-            "nobody"
-        }
-        fn look(&mut self, _: host::clock::Deadline) -> Result<host::service::ServiceState> {
-            Ok(host::service::ServiceState::unknown())
-        }
-        fn clear_latch(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn start(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn stop(
-            &mut self,
-            _: std::time::Duration,
-            _: host::clock::Deadline,
-        ) -> Result<host::service::Stopped> {
-            Ok(host::service::Stopped::Clean { took_ms: 0 })
-        }
-        fn hold(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn release(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn reload(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-    }
 
     /// A node whose runtime is a script that knows one key too few, as the program would say it.
     fn node(dir: &Path) -> node::Node {

@@ -5,6 +5,7 @@
 //! provably corrupt, or the node woke up without its memory; then only that part goes back, and the bytes that a
 //! running gateway still holds open are saved first, because they are newer than any snapshot.
 
+use crate::beside::Beside;
 use crate::{Bench, CameBack, Report, quiet, trial};
 use engine::{Class, FaultKind, Finding};
 use host::{Context, Error, Kind, Result};
@@ -270,6 +271,12 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
         }
         Err(e) => return Err(e.hint("the gateway is left running: it holds the only copy of these bytes")),
     };
+    for file in not_folded(&to) {
+        report.could_not(format!(
+            "the newest rows of a deleted database could not be read; its bytes and its log lie in {}",
+            file.display()
+        ));
+    }
     let mut saved = Vec::new();
     for one in found {
         if one.identity.is_none() && one.original == resolved(&bench.node.state_db()) {
@@ -282,6 +289,14 @@ fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) 
         saved.push(Saved { copy: one.file, live: one.original });
     }
     Ok(saved)
+}
+
+/// Main files that were kept as they were because no log would fold into them.
+fn not_folded(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+    let mut raw: Vec<PathBuf> = entries.filter(|p| p.extension().is_some_and(|e| e == "damaged")).collect();
+    raw.sort();
+    raw
 }
 
 /// What a try that was killed had saved and not yet put back, the newest of each.
@@ -330,27 +345,17 @@ pub(crate) fn bring_back(bench: &Bench<'_>, copy: &Path, live: &Path, report: &m
 /// Puts a rescued database where it was. The copy stays in the quarantine, and so does what the ending gateway may have
 /// made anew in its place: main file, `-wal` and `-shm` always move as one set.
 fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()> {
-    use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
     use std::os::unix::fs::MetadataExt;
     let what = || format!("put {} back", saved.live.display());
     let dir = saved.live.parent().ok_or_else(|| Error::new(Kind::System, what(), "it has no directory"))?;
     let top = make_dirs(&resolved(&bench.node.state_dir), dir).context(what)?;
     let meta = std::fs::File::from(rustix::io::dup(&top).context(what)?).metadata().context(what)?;
     let name = saved.live.file_name().unwrap_or_default();
-    // The directory belongs to the node's user: nothing planted there is followed, opened or given away.
     let tmp = format!(".koboshi-{}-{}", std::process::id(), host::clock::now().ms);
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(&top, &tmp, flags, Mode::RUSR | Mode::WUSR).context(what)?;
-    let mut file = std::fs::File::from(fd);
-    let written = (|| {
-        std::io::copy(&mut std::fs::File::open(&saved.copy)?, &mut file)?;
-        std::os::unix::fs::fchown(&file, Some(meta.uid()), Some(meta.gid()))?;
-        file.sync_all()
-    })();
-    if let Err(e) = written {
-        let _ = rustix::fs::unlinkat(&top, &tmp, AtFlags::empty());
-        return Err(Error::io(what(), &e));
-    }
+    let mut new = Beside::write(top, tmp, Some((meta.uid(), meta.gid())), 0o600, |file| {
+        std::io::copy(&mut std::fs::File::open(&saved.copy)?, file).map(drop)
+    })
+    .context(what)?;
     let aside = bench.quarantine.join("made-anew");
     for suffix in ["-shm", "-wal", ""] {
         let path = beside(&saved.live, suffix);
@@ -359,15 +364,8 @@ fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) -> Result<()>
             host::exchange::move_aside(&path, &aside)?;
         }
     }
-    rustix::fs::renameat_with(&top, &tmp, &top, name, RenameFlags::NOREPLACE)
-        .or_else(|e| match e {
-            rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS => {
-                rustix::fs::renameat(&top, &tmp, &top, name)
-            }
-            other => Err(other),
-        })
-        .context(what)?;
-    rustix::fs::fsync(&top).context(what)?;
+    new.take(name).context(what)?;
+    new.sync().context(what)?;
     let _ = std::fs::remove_file(beside(&saved.copy, BELONGS));
     report.did(format!("{} is back with everything that was written to it", saved.live.display()));
     Ok(())
@@ -641,6 +639,7 @@ fn rows_known(known: Option<&Baseline>, copy: &serde_json::Value, class: Class) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nobody::Nobody;
 
     fn finding(kind: FaultKind, class: Option<Class>, evidence: &[&str]) -> Finding {
         Finding {
@@ -688,39 +687,6 @@ mod tests {
         assert!(choice.missing.is_empty(), "files beside the database are not taken back");
     }
 
-    struct Nobody;
-
-    impl host::service::Manager for Nobody {
-        fn kind(&self) -> &'static str {
-            "nobody"
-        }
-        fn look(&mut self, _: host::clock::Deadline) -> Result<host::service::ServiceState> {
-            Ok(host::service::ServiceState::unknown())
-        }
-        fn clear_latch(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn start(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn stop(
-            &mut self,
-            _: std::time::Duration,
-            _: host::clock::Deadline,
-        ) -> Result<host::service::Stopped> {
-            Ok(host::service::Stopped::Clean { took_ms: 0 })
-        }
-        fn hold(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn release(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn reload(&mut self, _: host::clock::Deadline) -> Result<()> {
-            Ok(())
-        }
-    }
-
     fn bench<'a>(node: &'a Node, manager: &'a mut Nobody, dir: &Path) -> Bench<'a> {
         Bench {
             node,
@@ -750,6 +716,26 @@ mod tests {
         assert_eq!(std::fs::read(node.state_db()).unwrap(), b"the newest rows");
         assert!(copy.exists(), "the copy stays");
         assert!(!beside(&copy, BELONGS).exists(), "and is not put back a second time");
+    }
+
+    #[test]
+    fn a_database_that_was_only_kept_is_named_and_is_no_rescue() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, dir.path());
+        // As the salvage leaves a main file and a log that do not fold: no note says that they are a database.
+        let saved = bench.quarantine.join("salvaged/1");
+        std::fs::create_dir_all(&saved).unwrap();
+        for name in ["0-openclaw.sqlite.damaged", "0-openclaw.sqlite.damaged-wal.0", "1-whole.sqlite"] {
+            std::fs::write(saved.join(name), b"rows").unwrap();
+        }
+        assert_eq!(not_folded(&saved), [saved.join("0-openclaw.sqlite.damaged")]);
+        assert!(not_folded(dir.path()).is_empty() && not_folded(&dir.path().join("none")).is_empty());
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        let _ = work(&mut bench, &findings, false, false);
+        assert!(!node.state_db().exists(), "nothing unproven takes a database's place");
+        assert_eq!(std::fs::read_dir(&saved).unwrap().count(), 3, "and nothing of it goes");
     }
 
     #[test]

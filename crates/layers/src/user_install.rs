@@ -9,7 +9,8 @@
 use crate::install::{self, Order};
 use crate::{Bench, Report};
 use host::clock::Deadline;
-use host::run::{Cmd, Ids, as_user, run};
+use host::run::{Cmd, Ids, run};
+use host::user::as_user;
 use host::{Context, Result, files};
 use node::{Node, Scope};
 use std::os::unix::fs::PermissionsExt;

@@ -16,6 +16,8 @@ use std::time::Duration;
 const VERSION_WAIT: Duration = Duration::from_secs(3);
 /// Space that must be left on a file system after a repair.
 pub const SPACE_MARGIN_BYTES: u64 = 256 << 20;
+/// Less than this is little: backups and repairs will soon be refused.
+pub const LOW_SPACE_BYTES: u64 = 1 << 30;
 
 /// A gate that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,14 +149,20 @@ pub fn architecture(binary: &Path) -> Gate {
     }
 }
 
-/// Whether the file system of `path` holds `bytes` more and keeps its margin.
+/// Whether the file system of `path` holds `bytes` more of ours and keeps its margin.
 #[must_use]
 pub fn space(path: &Path, bytes: u64) -> Gate {
+    space_for(path, bytes, host::run::Ids::current().uid)
+}
+
+/// The same for what a process of this user writes: an npm that runs as the node's user may not use root's reserve.
+#[must_use]
+pub fn space_for(path: &Path, bytes: u64, uid: u32) -> Gate {
     let Some(existing) = path.ancestors().find(|p| p.exists()) else { return Gate::Open };
     match host::files::free(existing) {
-        Ok(space) if space.free_bytes < bytes.saturating_add(SPACE_MARGIN_BYTES) => Gate::Closed(format!(
+        Ok(space) if space.for_user(uid) < bytes.saturating_add(SPACE_MARGIN_BYTES) => Gate::Closed(format!(
             "{} MB are free at {}, {} MB are needed",
-            space.free_bytes >> 20,
+            space.for_user(uid) >> 20,
             existing.display(),
             bytes.saturating_add(SPACE_MARGIN_BYTES) >> 20
         )),
@@ -163,6 +171,17 @@ pub fn space(path: &Path, bytes: u64) -> Gate {
         }
         Ok(_) | Err(_) => Gate::Open,
     }
+}
+
+/// Why the node or its backups will soon lack space, if so: by what users may still write, whoever asks.
+#[must_use]
+pub fn low(paths: &[&Path]) -> Option<String> {
+    paths.iter().find_map(|path| little(path, &host::files::free(path).ok()?))
+}
+
+fn little(path: &Path, space: &host::files::Space) -> Option<String> {
+    (space.user_bytes < LOW_SPACE_BYTES)
+        .then(|| format!("only {} MB are free at {}", space.user_bytes >> 20, path.display()))
 }
 
 #[cfg(test)]
@@ -233,9 +252,28 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_is_low_by_what_its_users_may_write() {
+        let space = |free_bytes, user_bytes| host::files::Space {
+            free_bytes,
+            user_bytes,
+            total_bytes: 100 << 30,
+            free_inodes: 9,
+        };
+        let at = Path::new("/srv");
+        // A disk of 100 GB keeps 5 GB back for root: the gateway's user has nearly nothing of what an agent of root's sees.
+        let told = little(at, &space(5 << 30, 40 << 20));
+        assert_eq!(told.as_deref(), Some("only 40 MB are free at /srv"));
+        assert_eq!(little(at, &space(7 << 30, 2 << 30)), None);
+        let dir = tempfile::tempdir().expect("dir");
+        let real = host::files::free(dir.path()).expect("free");
+        assert_eq!(low(&[dir.path()]).is_some(), real.user_bytes < LOW_SPACE_BYTES);
+    }
+
+    #[test]
     fn space_is_a_gate() {
         let dir = tempfile::tempdir().expect("dir");
         assert!(space(&dir.path().join("not/there/yet"), 1).is_open());
         assert!(!space(dir.path(), u64::MAX / 2).is_open());
+        assert!(!space_for(dir.path(), u64::MAX / 2, 1_000).is_open());
     }
 }

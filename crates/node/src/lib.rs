@@ -22,6 +22,7 @@ mod tls;
 pub mod triage;
 pub mod units;
 pub mod update;
+pub mod users;
 pub mod ws;
 
 pub use find::{Found, Hint, find};

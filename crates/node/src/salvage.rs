@@ -161,6 +161,9 @@ fn raw(main: &Held, logs: &[&Held], to: &Path) -> Result<()> {
 fn one(main: &Held, log: Option<&Held>, to: &Path) -> Result<Salvaged> {
     let what = || format!("salvaging {}", main.path.display());
     let log_bytes = copy_set(main, log, to)?;
+    if log.is_some_and(|log| head(log).is_ok_and(|head| !sound(&head))) {
+        return Err(Error::new(Kind::Corrupt, what(), "the head of its log is damaged"));
+    }
     fold(to)?;
     let deadline = Deadline::after(FOLD);
     let identity = identity::read_state(to, deadline).ok();
@@ -201,6 +204,28 @@ fn head(log: &Held) -> Result<Vec<u8>> {
     let mut head = Vec::with_capacity(LOG_HEAD_BYTES);
     file.take(LOG_HEAD_BYTES as u64).read_to_end(&mut head).context(what)?;
     Ok(head)
+}
+
+/// Whether SQLite will read a log with this head. One that it does not believe it takes for empty, without a word, and
+/// what only the log held would be lost. (The format: sqlite.org/fileformat2.html, "WAL file format".)
+fn sound(head: &[u8]) -> bool {
+    // What is shorter holds nothing yet.
+    let Some((covered, sums)) = head.get(..LOG_HEAD_BYTES).map(|whole| whole.split_at(LOG_HEAD_BYTES - 8))
+    else {
+        return true;
+    };
+    let little = covered.get(3).is_some_and(|magic| magic & 1 == 0);
+    let words = covered.chunks_exact(4).map(|word| {
+        let word = word.iter().fold(0_u32, |all, byte| (all << 8) | u32::from(*byte));
+        if little { word.swap_bytes() } else { word }
+    });
+    let words: Vec<u32> = words.collect();
+    let (a, b) = words.chunks_exact(2).fold((0_u32, 0_u32), |(a, b), pair| {
+        let (x, y) = (pair.first().copied().unwrap_or(0), pair.get(1).copied().unwrap_or(0));
+        let a = a.wrapping_add(x).wrapping_add(b);
+        (a, b.wrapping_add(y).wrapping_add(a))
+    });
+    sums == [a.to_be_bytes(), b.to_be_bytes()].concat()
 }
 
 /// Folds the log into the main file, checks the result, and leaves one file.
@@ -296,6 +321,66 @@ mod tests {
         let left: Vec<_> = std::fs::read_dir(&dest).expect("dir").flatten().collect();
         assert_eq!(left.len(), 1, "one whole file: {left:?}");
         drop(writer);
+    }
+
+    /// The sums that SQLite keeps of the first 24 bytes of a log, in the words of a log of this machine's order.
+    fn sums(head: &[u8]) -> [u8; 8] {
+        let little = head[3] & 1 == 0;
+        let (mut a, mut b) = (0_u32, 0_u32);
+        for pair in head[..24].chunks_exact(8) {
+            let word = |at: usize| {
+                let bytes: [u8; 4] = pair[at..at + 4].try_into().expect("word");
+                if little { u32::from_le_bytes(bytes) } else { u32::from_be_bytes(bytes) }
+            };
+            a = a.wrapping_add(word(0)).wrapping_add(b);
+            b = b.wrapping_add(word(4)).wrapping_add(a);
+        }
+        let mut both = [0; 8];
+        both[..4].copy_from_slice(&a.to_be_bytes());
+        both[4..].copy_from_slice(&b.to_be_bytes());
+        both
+    }
+
+    /// Spoils the head of a log.
+    type Damage = fn(&mut [u8]);
+
+    /// The main file alone would pass every check and lack the newest rows: it must not be put back as the database.
+    #[test]
+    fn a_database_whose_log_does_not_fold_is_kept_as_it_is_and_never_taken_without_it() {
+        let of_another_format: Damage = |head| {
+            head[4..8].copy_from_slice(&9_999_999_u32.to_be_bytes());
+            let sums = sums(head);
+            head[24..32].copy_from_slice(&sums);
+        };
+        let torn: Damage = |head| head[8..24].fill(0);
+        let breaks: [(&str, Damage); 2] =
+            [("a log of another format", of_another_format), ("a log whose head is torn", torn)];
+        for (what, damage) in breaks {
+            let dir = tempfile::tempdir().expect("dir");
+            let node = node_at(dir.path());
+            let path = node.state_db();
+            let writer = state_db(&path, Some("the-device"), 7);
+            // Without its log the main file is a sound database: the rows above are folded, the next one is not.
+            writer.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("checkpoint");
+            writer.execute("INSERT INTO device_pairing_paired VALUES ('newest')", []).expect("insert");
+            let mut log = std::fs::read(beside(&path, "-wal")).expect("log");
+            assert_eq!(sums(&log), log[24..32], "the sums are understood");
+            damage(&mut log);
+            std::fs::write(beside(&path, "-wal"), &log).expect("damage");
+            let main = std::fs::read(&path).expect("main");
+            for suffix in ["", "-wal", "-shm"] {
+                std::fs::remove_file(beside(&path, suffix)).expect("rm");
+            }
+            let dest = dir.path().join("saved");
+            let us = ProcessId::current().expect("us");
+            assert_eq!(from_open_files(&node, us, &dest).expect("salvage"), [], "{what}");
+            let mut kept: Vec<_> =
+                std::fs::read_dir(&dest).expect("dir").flatten().map(|e| e.path()).collect();
+            kept.sort();
+            let kept: Vec<_> = kept.iter().map(|p| std::fs::read(p).expect("read")).collect();
+            assert!(kept == [main, log], "{what}: both, to the byte, for whoever can still read them");
+            drop(writer);
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod elsewhere;
 #[doc(hidden)]
 pub mod fault;
 mod files;
+mod gone;
 mod heal;
 mod hex;
 mod key;
@@ -164,6 +165,19 @@ impl Store {
     /// many there were; none while a repair is at work.
     pub fn collect_leftovers(&self, roots: &[Root], quarantine: &Path, deadline: Deadline) -> Result<u64> {
         leftovers::collect(&self.layout, roots, quarantine, deadline)
+    }
+
+    /// Files of the given classes that lay unchanged for `still` when the snapshot `then` was taken and that `now` no
+    /// longer holds. At most 32 names.
+    pub fn gone(
+        &self,
+        then: &str,
+        now: &str,
+        classes: &[Class],
+        still: Duration,
+        deadline: Deadline,
+    ) -> Result<Vec<PathBuf>> {
+        gone::files(&self.layout, then, now, classes, still, deadline)
     }
 
     /// How the live trees differ from a snapshot, in the given classes. At most 50,000 differences per root; then

@@ -2,7 +2,7 @@
 //! them contained, all of them ended when an incident needs the machine.
 
 use super::runner::Running;
-use super::{Agent, runner};
+use super::{Agent, notices, runner};
 use crate::config::NodeChannels;
 use crate::patient;
 use crate::step::{Answer, SCRUB_PORTIONS, Work};
@@ -11,6 +11,7 @@ use host::clock::{self, Deadline};
 use host::pressure::{Resource, some_avg10};
 use layers::{Care, Examination, Need};
 use node::Baseline;
+use node::users::Stamp;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime};
 
@@ -85,7 +86,10 @@ pub struct Daily {
     /// State is due and waits for a look that finds the node whole.
     state_wanted: bool,
     state_cost_ms: f64,
-    state_seen: Option<u64>,
+    /// What the user's files looked like before state was last taken, and when that was.
+    state_seen: Option<(Stamp, Moment)>,
+    /// The same for the copy that is being taken.
+    state_taking: Option<Stamp>,
     config_seen: Option<u64>,
     baseline_at: Option<Moment>,
     /// The owner asked for a new baseline: also in the middle of an incident, which may be about just that.
@@ -116,6 +120,7 @@ impl Daily {
             state_wanted: false,
             state_cost_ms: 0.0,
             state_seen: None,
+            state_taking: None,
             config_seen: None,
             baseline_at: None,
             accepted: false,
@@ -273,21 +278,8 @@ impl Agent {
 
     /// Whether the switch heard us is told when it changes: it watches us, not we it.
     fn beaten(&mut self, answer: Option<Answer>) {
-        let why = match answer {
-            Some(Answer::Beaten { why }) => why,
-            Some(Answer::Failed { what, why }) => Some(format!("{what}: {why}")),
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Done(_),
-            )
-            | None => Some("it gave no answer in time".to_owned()),
-        };
+        let beaten = |a| if let Answer::Beaten { why } = a { Some(why) } else { None };
+        let why = Answer::wanted(answer, beaten).unwrap_or_else(Some);
         if self.daily.beat_heard != Some(why.is_none()) {
             self.daily.beat_heard = Some(why.is_none());
             match why {
@@ -319,14 +311,22 @@ impl Agent {
     fn job_done(&mut self, now: Moment, job: &Job, answer: Option<Answer>) {
         match answer {
             Some(Answer::Examined(exam)) => self.examined(now, *exam),
-            Some(Answer::Taken { id, wall_ms }) => {
+            Some(Answer::Taken { id, wall_ms, gone }) => {
                 self.say(&format!(
                     "snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"
                 ));
                 self.daily.trouble = None;
                 self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s.saturating_mul(1000)));
-                self.daily.state_cost_ms = wall_ms;
-                self.state_next(now);
+                self.settling.begin();
+                if matches!(job, Job::Snapshot { classes } if with_state(classes)) {
+                    self.daily.state_cost_ms = wall_ms;
+                    self.state_next(now);
+                }
+                if let Some(names) = notices::names(&gone)
+                    && self.notices.tell(alert::Notice::FileMissing, now)
+                {
+                    self.notice(alert::Notice::FileMissing, &names);
+                }
             }
             Some(Answer::Settled { id: Some(id), config, .. }) => {
                 self.say(&format!("snapshot {id} is good: the node served with exactly what it holds"));
@@ -427,6 +427,11 @@ impl Agent {
         let need = exam.need;
         let compared = exam.unknown.is_none();
         let findings = exam.findings.clone();
+        if let Some(why) = notices::short_of_space(&findings, exam.low.as_deref())
+            && self.notices.tell(alert::Notice::DiskLow, now)
+        {
+            self.notice(alert::Notice::DiskLow, &why);
+        }
         self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
@@ -498,7 +503,7 @@ impl Agent {
             return;
         }
         let config_now = stamp(std::slice::from_ref(&self.node.config_path));
-        let state_now = stamp(&self.state_files());
+        let state_now = exam.users;
         if exam.snapshot.is_none() {
             self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));
         } else if exam.version.is_some()
@@ -519,20 +524,25 @@ impl Agent {
             self.daily.contacts_at = Some(now);
         }
         self.daily.config_seen = Some(config_now);
-        if self.daily.snapshot_at.is_some() {
-            self.daily.state_seen = Some(state_now);
+        if let Some((_, classes, _)) = &self.daily.snapshot_at {
+            if with_state(classes) {
+                // From before the copy: what is written while it is taken is the next one's.
+                self.daily.state_taking = state_now;
+            }
             self.daily.settled = false;
         }
     }
 
     /// Whether state is due and was written since it was last taken. An agent that has not taken any yet does not know
     /// what was written before it lived: it takes a copy.
-    fn state_due(&mut self, now: Moment, state_now: u64) -> bool {
-        if !past(now, self.daily.state_at) {
+    fn state_due(&mut self, now: Moment, state_now: Option<Stamp>) -> bool {
+        // A look that did not look there decides nothing: the next one does.
+        let Some(stamp) = state_now.filter(|_| past(now, self.daily.state_at)) else {
             return false;
-        }
+        };
         self.daily.state_wanted = false;
-        if self.daily.state_seen == Some(state_now) {
+        let most_ms = self.config.backup.state_every_most_s.saturating_mul(1000);
+        if !state_changed(self.daily.state_seen, stamp, now, most_ms) {
             self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s.saturating_mul(1000));
             return false;
         }
@@ -548,19 +558,9 @@ impl Agent {
         let wait_ms = by_cost.clamp(least_ms, most_ms);
         self.daily.state_at = now.plus_ms(wait_ms);
         self.daily.state_wanted = false;
-        self.daily.state_seen = Some(stamp(&self.state_files()));
-    }
-
-    fn state_files(&self) -> Vec<std::path::PathBuf> {
-        let mut files = vec![self.node.state_db(), self.node.state_db().with_extension("sqlite-wal")];
-        for (_, db) in self.node.agent_dbs() {
-            files.push(db.with_extension("sqlite-wal"));
-            files.push(db);
+        if let Some(stamp) = self.daily.state_taking.take() {
+            self.daily.state_seen = Some((stamp, now));
         }
-        for dir in ["workspace", "credentials"] {
-            files.push(self.node.state_dir.join(dir));
-        }
-        files
     }
 
     /// No good snapshot for too long is told, once a day.
@@ -623,7 +623,7 @@ impl Agent {
             let classes = self.proven_classes(now, classes);
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
         } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at))
-            && self.served_for_settling(now)
+            && self.served_for_settling()
         {
             self.daily.settle_at = None;
             (Job::Settle, Work::Settle, SETTLE_LIMIT)
@@ -642,7 +642,9 @@ impl Agent {
             (Job::Contacts, Work::Contacts, CONTACTS_LIMIT)
         } else if past(now, self.daily.examine_at) && !self.pressed() {
             self.daily.examine_at = now.plus_ms(SWEEP_MOST_MS as u64);
-            (Job::Examine, Work::Examine { care: Care::Quick }, EXAMINE_LIMIT)
+            let users = serving && past(now, self.daily.state_at);
+            self.daily.state_wanted |= users;
+            (Job::Examine, Work::Examine { care: Care::Quick, users }, EXAMINE_LIMIT)
         } else if self.scrub_due(now, serving) {
             (Job::Scrub, Work::Scrub, SCRUB_LIMIT)
         } else if past(now, self.daily.state_at) && !self.daily.state_wanted {
@@ -687,11 +689,9 @@ impl Agent {
         quiet
     }
 
-    /// Whether the gateway that serves now has done so for the settling time.
-    fn served_for_settling(&self, now: Moment) -> bool {
-        self.serving_since
-            .and_then(|since| now.since_ms(since))
-            .is_some_and(|ms| ms >= self.config.backup.settle_s.saturating_mul(1000))
+    /// Whether the gateway that serves now has done so for the settling time since the snapshot was taken.
+    fn served_for_settling(&self) -> bool {
+        self.settling.served_ms() >= self.config.backup.settle_s.saturating_mul(1000)
     }
 
     /// The classes of a snapshot that may be taken now: a program that lies there and never ran is not taken where an
@@ -751,6 +751,11 @@ impl Agent {
             Ok(mut baseline) => {
                 baseline.checked.clone_from(&self.judge.baseline().checked);
                 let version = baseline.version.clone();
+                if let Some(news) = notices::news(self.judge.baseline(), &baseline) {
+                    let day = clock::wall().strftime("%Y-%m-%d");
+                    let about = format!("baseline-{day}-{}", version.as_deref().unwrap_or_default());
+                    self.notice_of(alert::Notice::NewBaseline, &about, &news);
+                }
                 if let Err(e) = patient::set_baseline(&self.places, &baseline) {
                     self.say(&e.to_string());
                 }
@@ -771,29 +776,22 @@ impl Agent {
     }
 
     fn delivered(&mut self, now: Moment, answer: Option<Answer>) {
-        match answer {
-            Some(Answer::Delivered { accepted, waiting, again_ms }) => {
+        let delivered = |answer| {
+            let Answer::Delivered { accepted, waiting, again_ms } = answer else { return None };
+            Some((accepted, waiting, again_ms))
+        };
+        match Answer::wanted(answer, delivered) {
+            Ok((accepted, waiting, again_ms)) => {
                 self.accepted(&accepted);
                 if waiting > 0 {
                     let wait_ms = again_ms.unwrap_or(DELIVER_MOST_MS).min(DELIVER_MOST_MS);
                     self.daily.deliver_at = Some(now.plus_ms(wait_ms.max(1_000)));
                 }
             }
-            Some(Answer::Failed { what, why }) => {
-                self.say(&format!("{what}: {why}"));
+            Err(why) => {
+                self.say(&format!("delivering messages failed: {why}"));
                 self.daily.deliver_at = Some(now.plus_ms(RETRY_MS));
             }
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. }
-                | Answer::Done(_),
-            )
-            | None => self.daily.deliver_at = Some(now.plus_ms(RETRY_MS)),
         }
     }
 
@@ -806,27 +804,16 @@ impl Agent {
         self.exam = None;
         self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
-        match self.runner.run("job-examine", Work::Examine { care }, &self.node, Some(&baseline), LIMIT) {
-            Ok(Answer::Examined(exam)) => {
-                self.keep((*exam).clone(), care);
-                Some(*exam)
+        let work = Work::Examine { care, users: false };
+        let answer = self.runner.run("job-examine", work, &self.node, Some(&baseline), LIMIT);
+        let examined = |a| if let Answer::Examined(exam) = a { Some(*exam) } else { None };
+        match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), examined)) {
+            Ok(exam) => {
+                self.keep(exam.clone(), care);
+                Some(exam)
             }
-            Ok(Answer::Failed { what, why }) => {
-                self.say(&format!("{what}: {why}"));
-                None
-            }
-            Ok(
-                Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. }
-                | Answer::Done(_),
-            ) => None,
-            Err(e) => {
-                self.say(&e.to_string());
+            Err(why) => {
+                self.say(&format!("the disk could not be looked at: {why}"));
                 None
             }
         }
@@ -835,7 +822,12 @@ impl Agent {
     /// A notice outside the course of an incident: into the outbox, at most one of a kind per day.
     pub(super) fn notice(&mut self, kind: alert::Notice, why: &str) {
         let day = clock::wall().strftime("%Y-%m-%d").to_string();
-        let mut facts = self.facts(format!("{}-{day}", kind.name()));
+        self.notice_of(kind, &format!("{}-{day}", kind.name()), why);
+    }
+
+    /// The same about one event, told once however often it is come upon.
+    pub(super) fn notice_of(&mut self, kind: alert::Notice, about: &str, why: &str) {
+        let mut facts = self.facts(about.to_owned());
         facts.why = why.to_owned();
         let message = alert::Message::new(alert::Kind::Notice(kind), &facts, self.language);
         self.say(&format!("notice: {}", message.title));
@@ -865,6 +857,20 @@ impl Agent {
     }
 }
 
+/// Whether a snapshot of these classes (all when none are named) holds the state.
+fn with_state(classes: &[Class]) -> bool {
+    classes.is_empty() || classes.contains(&Class::State)
+}
+
+/// Whether the user's files are others than when state was last taken. Where there are more than were looked at, an
+/// unchanged number proves nothing: then a copy is taken all the same, as rarely as the configuration allows.
+fn state_changed(seen: Option<(Stamp, Moment)>, stamp: Stamp, now: Moment, most_ms: u64) -> bool {
+    seen.is_none_or(|(before, at)| {
+        let long_ago = now.since_ms(at).is_none_or(|ms| ms >= most_ms);
+        before.hash != stamp.hash || !stamp.whole && long_ago
+    })
+}
+
 /// Something that changes whenever one of these files does. Times and sizes are enough: this only decides whether a
 /// snapshot is worth taking.
 fn stamp(paths: &[std::path::PathBuf]) -> u64 {
@@ -882,6 +888,23 @@ fn stamp(paths: &[std::path::PathBuf]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn state_is_taken_when_it_changed_and_rarely_where_nobody_can_tell() {
+        let at = |ms| Moment { boot: 1, ms };
+        let of = |hash, whole| Stamp { hash, whole };
+        let changed = |seen, stamp, ms| state_changed(seen, stamp, at(ms), 1_000);
+        assert!(changed(None, of(1, true), 0), "an agent that knows of none takes one");
+        let seen = Some((of(1, true), at(0)));
+        assert!(!changed(seen, of(1, true), 1_000_000));
+        assert!(changed(seen, of(2, true), 1));
+        let seen = Some((of(1, false), at(0)));
+        assert!(!changed(seen, of(1, false), 999) && changed(seen, of(1, false), 1_000));
+        assert!(changed(seen, of(2, false), 1));
+        assert!(
+            with_state(&[]) && with_state(&[Class::Config, Class::State]) && !with_state(&[Class::Config])
+        );
+    }
 
     #[test]
     fn a_look_asked_for_while_another_looks_is_not_put_off() {

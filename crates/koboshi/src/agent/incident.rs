@@ -401,20 +401,10 @@ impl Agent {
         }
         self.trial_ended = Some((id, climbs));
         let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, LIMIT);
-        let what = match answer {
-            Ok(Answer::Done(report)) => format!("the older config did not help: {}", report.done.join("; ")),
-            Ok(Answer::Failed { what, why }) => format!("{what}: {why}"),
-            Ok(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. },
-            ) => "the step that ends the config's trial answered something else".to_owned(),
-            Err(e) => e.to_string(),
+        let report = answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), Answer::report));
+        let what = match report {
+            Ok(report) => format!("the older config did not help: {}", report.done.join("; ")),
+            Err(why) => format!("the older config did not help, and its trial could not be ended: {why}"),
         };
         let finding = Finding {
             kind: FaultKind::Notice,
@@ -587,8 +577,8 @@ impl Agent {
 
     /// Tells what a step said, and returns its own reason if it failed: for the record, not for any decision.
     fn tell_report(&mut self, layer: Layer, answer: Option<Answer>) -> Option<String> {
-        match answer {
-            Some(Answer::Done(report)) => {
+        match Answer::wanted(Some(answer?), Answer::report) {
+            Ok(report) => {
                 let back = report.came_back.iter().map(|back| Finding {
                     kind: FaultKind::Notice,
                     class: Some(back.class),
@@ -601,21 +591,10 @@ impl Agent {
                 }
                 report.undone.last().cloned()
             }
-            Some(Answer::Failed { what, why }) => {
-                self.say(&format!("  {layer}: {what}: {why}"));
-                Some(format!("{what}: {why}"))
+            Err(why) => {
+                self.say(&format!("  {layer}: {why}"));
+                Some(why)
             }
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. },
-            )
-            | None => None,
         }
     }
 

@@ -7,11 +7,13 @@
 pub mod book;
 mod daily;
 pub(crate) mod incident;
+mod notices;
 mod orders;
 mod prober;
 mod responder;
 mod rest;
 pub mod runner;
+mod settling;
 mod standing;
 pub mod status;
 pub mod will;
@@ -19,9 +21,11 @@ pub mod will;
 use crate::agent::book::Book;
 use crate::agent::daily::Daily;
 use crate::agent::incident::Doing;
+use crate::agent::notices::Notices;
 use crate::agent::prober::Prober;
 use crate::agent::responder::Responder;
 use crate::agent::runner::{Runner, Running};
+use crate::agent::settling::Settling;
 use crate::agent::status::Status;
 use crate::agent::will::Will;
 use crate::cli::Guard;
@@ -65,6 +69,8 @@ const PUBLISH_EVERY_MS: u64 = 30_000;
 const BARE_STOP_MS: u64 = 90_000;
 /// A unit that has been inactive this long was stopped, not restarted.
 const STOPPED_FOR_GOOD_MS: u64 = 2_000;
+/// Channels reconnect by themselves; a node that serves less than whole for this long is told of.
+const DEGRADED_MS: u64 = 600_000;
 /// How long hands stay off when the owner's will cannot be read.
 const UNREADABLE_WILL_S: i64 = 3_600;
 /// A second bare stop within this is obeyed.
@@ -116,8 +122,8 @@ pub struct Agent {
     bare_stop: Option<Moment>,
     bare_stops: Vec<Moment>,
     told_left_alone: bool,
-    /// Notices of the judge that went out, and when.
-    passed_on: Vec<(alert::Notice, Moment)>,
+    notices: Notices,
+    settling: Settling,
     first_good: Option<Moment>,
     published: Option<(Moment, Status)>,
     /// Orders may be waiting: some lay there before this agent began, and a watched directory says when more come.
@@ -222,7 +228,8 @@ impl Agent {
             bare_stop: None,
             bare_stops: Vec::new(),
             told_left_alone: false,
-            passed_on: Vec::new(),
+            notices: Notices::default(),
+            settling: Settling::default(),
             first_good: None,
             published: None,
             ordered: true,
@@ -345,6 +352,7 @@ impl Agent {
             }
             self.take_jobs();
             self.follow_stopping_unit();
+            self.follow_pause();
             self.drive();
             self.due_looks();
             self.due_jobs();
@@ -664,6 +672,7 @@ impl Agent {
     fn heed(&mut self, judgement: &Judgement) {
         let now = clock::now();
         self.pass_on_notices(judgement, now);
+        self.settling.heed(judgement, now);
         match &judgement.verdict {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
@@ -704,25 +713,27 @@ impl Agent {
     /// What the judge only tells (an update that takes long, probes that fail on our own side, a certificate that is
     /// out of date), each once a day.
     fn pass_on_notices(&mut self, judgement: &Judgement, now: Moment) {
-        const DAY_MS: u64 = 24 * 3_600_000;
-        for finding in judgement.findings.iter().filter(|f| f.kind == engine::FaultKind::Notice) {
-            let kind = match finding.class {
-                None => alert::Notice::OwnSide,
-                Some(engine::Class::Program) if finding.what.starts_with("an update") => {
-                    alert::Notice::UpdateLong
-                }
-                // All that the judge tells of the config while the node serves.
-                Some(engine::Class::Config) => alert::Notice::Certificate,
-                Some(_) => continue,
-            };
-            let told = |(k, at): &(alert::Notice, Moment)| {
-                *k == kind && now.since_ms(*at).is_some_and(|ms| ms < DAY_MS)
-            };
-            if !self.passed_on.iter().any(told) {
-                self.passed_on.retain(|(k, _)| *k != kind);
-                self.passed_on.push((kind, now));
-                self.notice(kind, &finding.what);
+        for (kind, why) in notices::of_the_judge(judgement) {
+            if self.notices.tell(kind, now) {
+                self.notice(kind, &why);
             }
+        }
+        // In an incident that is the incident's to tell.
+        let degraded = match &judgement.verdict {
+            Verdict::Serving { degraded } if self.book.state().incident.is_none() => degraded.join("; "),
+            Verdict::Serving { .. } | Verdict::NotServing { .. } => String::new(),
+            Verdict::Inconclusive { .. } => return,
+        };
+        let (kind, holds) = (alert::Notice::Degraded, !degraded.is_empty());
+        if self.notices.tell_lasting(kind, holds, DEGRADED_MS, now) {
+            self.notice(kind, &degraded);
+        }
+    }
+
+    /// A pause that has run out is told once: from now on hands are on again.
+    fn follow_pause(&mut self) {
+        if let Some(until_s) = self.notices.pause_ran_out(&self.will, clock::wall().as_second()) {
+            self.notice_of(alert::Notice::PauseEnded, &format!("pause-{until_s}"), "");
         }
     }
 
@@ -744,7 +755,9 @@ impl Agent {
                 return;
             }
             self.bare_stop = None;
-            self.notice(alert::Notice::StartedAgain, "an enabled unit was stopped without a word");
+            if self.config.mode == Mode::Guard {
+                self.notice(alert::Notice::StartedAgain, "an enabled unit was stopped without a word");
+            }
         }
         if self.hands_off().is_some() && self.told_left_alone {
             return;

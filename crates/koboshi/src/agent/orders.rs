@@ -109,7 +109,7 @@ impl Agent {
             self.will.by_stops = false;
             self.will.save(&self.places)?;
         }
-        self.release();
+        self.release_for_the_owner();
         Ok(())
     }
 

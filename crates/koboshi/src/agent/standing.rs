@@ -7,8 +7,12 @@
 //!
 //! A stop by `koboshi node stop` holds as well, and an agent that begins in a new boot does it again, because an enabled
 //! unit is started by every boot. That hold is taken back by `koboshi node start` and by nothing else.
+//!
+//! An agent that only watches neither holds nor takes back, as it begins or later: whatever it finds stays. What the owner
+//! asks for at the command line is his own doing and is done in either mode.
 
 use super::{Agent, MANAGER_LIMIT};
+use crate::config::Mode;
 use engine::IncidentKind;
 use host::clock::Deadline;
 use host::service::Active;
@@ -23,10 +27,21 @@ impl Agent {
 
     /// Takes a repair's hold back, unless its step may still be at work.
     pub(super) fn release(&mut self) {
-        let state = self.book.state();
-        if state.live_step().is_none() && state.stuck.is_empty() {
+        if takes_back(self.config.mode, self.step_may_work()) {
             self.release_now();
         }
+    }
+
+    /// The same at the owner's word.
+    pub(super) fn release_for_the_owner(&mut self) {
+        if !self.step_may_work() {
+            self.release_now();
+        }
+    }
+
+    fn step_may_work(&self) -> bool {
+        let state = self.book.state();
+        state.live_step().is_some() || !state.stuck.is_empty()
     }
 
     /// The same when it is known that no step is at work. Never against the owner's stop.
@@ -41,7 +56,7 @@ impl Agent {
 
     /// An owner's stop is made true again: after a boot that started the unit, or when something else did.
     pub(super) fn keep_stopped(&mut self) {
-        if !self.stays_down() || self.service.embedded() {
+        if !holds_down(self.config.mode, self.stays_down()) || self.service.embedded() {
             return;
         }
         let state = self.service.look(Deadline::after(MANAGER_LIMIT));
@@ -89,5 +104,35 @@ impl Agent {
         let cause = format!("the gateway ended, and its next start would fail: {}", finding.what);
         self.open_or_escalate_with(IncidentKind::Outage, cause, exam.findings.clone());
         true
+    }
+}
+
+/// Whether a repair's hold is taken back now.
+fn takes_back(mode: Mode, step_may_work: bool) -> bool {
+    match mode {
+        Mode::Guard => !step_may_work,
+        Mode::Watch => false,
+    }
+}
+
+/// Whether an owner's stop is made true again by holding and stopping.
+fn holds_down(mode: Mode, stays_down: bool) -> bool {
+    match mode {
+        Mode::Guard => stays_down,
+        Mode::Watch => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_only_watches_neither_holds_nor_takes_back() {
+        for flag in [false, true] {
+            assert!(!takes_back(Mode::Watch, flag) && !holds_down(Mode::Watch, flag));
+        }
+        assert!(takes_back(Mode::Guard, false) && !takes_back(Mode::Guard, true));
+        assert!(holds_down(Mode::Guard, true) && !holds_down(Mode::Guard, false));
     }
 }

@@ -23,8 +23,6 @@ use std::time::Duration;
 const CLOCK_FLOOR_S: i64 = 1_795_305_600;
 /// Asking the runtime for its version.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
-/// Below this much free, snapshots and repairs begin to be refused.
-const LOW_SPACE_BYTES: u64 = 1 << 30;
 /// Inodes that a repair of the whole program needs.
 const NEED_INODES: u64 = 50_000;
 
@@ -324,7 +322,7 @@ fn disk(desk: &Desk, node: &Node, found: &mut Findings) {
                 continue;
             }
         };
-        let free = bytes(space.free_bytes);
+        let free = bytes(space.user_bytes);
         if let Some(reason) = gates::space(path, 0).reason() {
             found.blocks(id, reason, "free some space: a repair writes before it removes");
         } else if space.free_inodes < NEED_INODES {
@@ -333,7 +331,7 @@ fn disk(desk: &Desk, node: &Node, found: &mut Findings) {
                 format!("{} inodes are free at {}", space.free_inodes, path.display()),
                 "free some",
             );
-        } else if space.free_bytes < LOW_SPACE_BYTES {
+        } else if space.user_bytes < gates::LOW_SPACE_BYTES {
             found.warns(id, format!("only {free} are free at {}", path.display()), "free some space");
         } else {
             found.ok(id, format!("{free} free at {}", path.display()));

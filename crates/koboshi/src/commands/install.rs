@@ -332,7 +332,7 @@ struct Need {
 
 fn need(desk: &Desk, plan: &Plan) -> Result<Need> {
     let limit_bytes = space::limit_bytes(&desk.config, &desk.places)?;
-    let free_bytes = files::free(&desk.places.state_dir)?.free_bytes;
+    let free_bytes = files::free(&desk.places.state_dir)?.user_bytes;
     let spare_bytes = match (desk.config.store.spare, spare::size(&plan.node)) {
         (false, _) => 0,
         (true, 0) => files::tree_size(&plan.node.package_dir, 1_000_000).map_or(0, |s| s.disk_bytes),

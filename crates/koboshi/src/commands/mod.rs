@@ -31,9 +31,21 @@ use crate::print::{Exit, Printer};
 use desk::Desk;
 use host::{Error, Kind, Result};
 
-/// The configuration and the places that belong to this command line.
+/// The configuration and the places that belong to this command line. A file that was named must be there: a misspelt
+/// name that is silently an empty configuration acts on another koboshi's state. Only `koboshi install` writes a new one.
+/// The default file may be absent, also when it is named (koboshi's own unit does so): an agent whose configuration was
+/// lost goes on guarding a standard node.
 pub fn open(cli: &Cli) -> Result<(Config, Places)> {
     let file = Places::config_file(cli.config.as_deref())?;
+    let named = cli.config.is_some() && Places::config_file(None).ok().as_ref() != Some(&file);
+    if named && !config::there(&file)? {
+        return Err(Error::new(
+            Kind::Usage,
+            format!("read the configuration {}", file.display()),
+            "there is no such file",
+        )
+        .hint("correct --config (or KOBOSHI_CONFIG); koboshi install writes a new file there"));
+    }
     let config = config::load(&file)?;
     let places = Places::new(file, &config)?;
     Ok((config, places))

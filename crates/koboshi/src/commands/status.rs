@@ -1,4 +1,5 @@
-//! `koboshi status`: one screen. With a running agent it is the agent's view; without one the node is looked at here.
+//! `koboshi status`: one screen. With a running agent the verdict is the agent's, who has looked for longer than one look
+//! can (confirmed, unsteady, why); without its fresh word the node is looked at here. Whose word it is is always said.
 
 use super::desk::{Desk, Fields, ago, date, findings_json, newest_first, seconds, verdict_name, verdict_why};
 use super::{check, incidents, judging, readiness};
@@ -34,12 +35,8 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     let node = desk.node()?;
     let agent = desk.agent();
     let status = desk.status();
-    // The agent's word counts while it is young and about the gateway that runs now.
-    let gateway = node.gateway();
-    let fresh = status.clone().filter(|s| {
-        let young = clock::now().since_ms(s.at).is_some_and(|ms| ms < FRESH_MS);
-        young && s.gateway == gateway && (gateway.is_some() || !s.verdict.is_serving())
-    });
+    let not_its_word = why_not_its_word(agent, status.as_ref(), node.gateway());
+    let fresh = status.clone().filter(|_| not_its_word.is_none());
     let verdict = match &fresh {
         Some(status) => status.verdict.clone(),
         None => judging::look(desk, &node, &mut judging::judge(desk)).verdict,
@@ -55,6 +52,12 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     told.warn(desk.printer, &desk.places);
     open_line(desk, status.as_ref());
     head(desk, &node, &verdict, fresh.as_ref());
+    desk.printer.line(match (&fresh, &not_its_word) {
+        (Some(status), _) => format!("judged     by the agent{}", confirmed(status)),
+        (None, why) => {
+            format!("judged     by one look of this command: {}", why.as_deref().unwrap_or_default())
+        }
+    });
     agent_lines(desk, agent, status.as_ref());
     let moved =
         layers::install::Moved::load(&desk.places.state_dir).unwrap_or_default().filter(Moved::displaced);
@@ -78,6 +81,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("node", check::node_json(&node))
         .put("verdict", if emergency { "emergency" } else { verdict_name(&verdict) })
         .maybe("why", verdict_why(&verdict))
+        .put("judged_by", if fresh.is_some() { "agent" } else { "look" })
         .put("agent", agent_json(agent, status.as_ref()))
         .put("manager", desk.manager(&node))
         .maybe("hands_off", desk.hands_off())
@@ -91,6 +95,35 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("incidents", recent.iter().map(|o| incidents::json(o, false)).collect::<Vec<_>>());
     desk.printer.object(object.done());
     Ok(if emergency { Exit::Emergency } else { check::exit(&verdict) })
+}
+
+/// Why the agent's word does not count: it must be young and about the gateway that runs now.
+fn why_not_its_word(
+    agent: Option<ProcessId>,
+    status: Option<&Status>,
+    gateway: Option<ProcessId>,
+) -> Option<String> {
+    let why = match (agent, status) {
+        (None, _) => "no agent is there",
+        (Some(_), None) => "the agent has not spoken yet",
+        (Some(_), Some(s)) if clock::now().since_ms(s.at).is_none_or(|ms| ms >= FRESH_MS) => {
+            "the agent has been silent for over 90 s"
+        }
+        (Some(_), Some(s)) if s.gateway != gateway || gateway.is_none() && s.verdict.is_serving() => {
+            "the agent has not judged the gateway of this moment yet"
+        }
+        (Some(_), Some(_)) => return None,
+    };
+    Some(why.to_owned())
+}
+
+/// How sure the agent is. What does not serve is known at the first word; what cannot be told yet has nothing to confirm.
+fn confirmed(status: &Status) -> &'static str {
+    match (&status.verdict, status.confirmed) {
+        (Verdict::Serving { .. }, true) => ", confirmed",
+        (Verdict::Serving { .. }, false) => ", not confirmed yet",
+        (Verdict::NotServing { .. } | Verdict::Inconclusive { .. }, _) => "",
+    }
 }
 
 /// An open incident stands before everything else about the node.

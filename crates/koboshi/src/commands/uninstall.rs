@@ -114,7 +114,12 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.contacts(),
             places.scrub(),
             places.known_programs(),
+            places.donate_key(),
         ]);
+        // What `fleet enroll` wrote; other drop-ins are their owner's.
+        let drop_ins = places.config_file.with_file_name("koboshi.d");
+        let peer = |name: &str| name.starts_with("peer-") && name.ends_with(".toml");
+        all.extend(names(&drop_ins).filter(|n| peer(n)).map(|n| drop_ins.join(n)));
         let own = |name: &str| {
             let made = [
                 "journal.",
@@ -126,6 +131,8 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
                 "exchanged.json",
                 "service.json",
                 "moved.json",
+                "tools",
+                "nodes",
             ];
             made.iter().any(|p| name.starts_with(p))
         };
@@ -148,8 +155,9 @@ fn run_files(dir: &Path) -> Vec<PathBuf> {
             "journal",
             "outbox",
             "recover.log",
+            "enroll.known_hosts",
         ];
-        known.contains(&name) || name.starts_with("containers-")
+        known.contains(&name) || name.starts_with("containers-") || name.starts_with("donate-")
     };
     names(dir).filter(|n| own(n)).map(|n| dir.join(n)).collect()
 }
@@ -160,16 +168,19 @@ fn names(dir: &Path) -> impl Iterator<Item = String> + use<> {
 }
 
 /// Directories that go if they are empty, the innermost first.
-fn own_dirs(desk: &Desk) -> Vec<&Path> {
+fn own_dirs(desk: &Desk) -> Vec<PathBuf> {
     let places = &desk.places;
+    let drop_ins = places.config_file.with_file_name("koboshi.d");
     [
         Some(places.run_dir.as_path()),
         places.key_file.parent(),
+        Some(&drop_ins),
         Some(&places.state_dir),
         places.config_file.parent(),
     ]
     .into_iter()
     .flatten()
+    .map(Path::to_owned)
     .filter(|dir| names(dir).next().is_none() || dir.file_name().is_some_and(|n| n == "koboshi"))
     .collect()
 }

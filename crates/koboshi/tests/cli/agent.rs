@@ -165,8 +165,10 @@ fn state_that_goes_on_changing_is_taken_again_and_again_and_by_the_next_agent_to
     };
     let next = |fake: &Fake, n: usize| {
         let before = taken(fake);
-        std::fs::create_dir_all(fake.state().join("credentials")).unwrap();
-        std::fs::write(fake.state().join(format!("credentials/{n}")), "new").unwrap();
+        // One place after the other, also deep ones.
+        let place = ["credentials", "workspace/notes/deep", "agents/main/sessions/old"][n % 3];
+        std::fs::create_dir_all(fake.state().join(place)).unwrap();
+        std::fs::write(fake.state().join(place).join(n.to_string()), "new").unwrap();
         let deadline = Deadline::after(PATIENCE);
         while taken(fake) <= before {
             let log = std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
@@ -176,8 +178,9 @@ fn state_that_goes_on_changing_is_taken_again_and_again_and_by_the_next_agent_to
     };
     let agent = Agent::start(&fake);
     until(&fake, "settled", |s| s["agent"]["settled"] == true);
-    next(&fake, 1);
-    next(&fake, 2);
+    for n in 1..=6 {
+        next(&fake, n);
+    }
     agent.kill();
     // What was written while no agent lived is taken by the next one.
     std::fs::write(fake.state().join("credentials/3"), "new").unwrap();
@@ -188,6 +191,105 @@ fn state_that_goes_on_changing_is_taken_again_and_again_and_by_the_next_agent_to
         assert!(!deadline.passed(), "what changed without an agent was never taken");
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// What reached the file of messages on this machine.
+fn told(fake: &Fake, text: &str) -> usize {
+    let all = std::fs::read_to_string(fake.koboshi_state().join("alerts.txt")).unwrap_or_default();
+    all.matches(text).count()
+}
+
+fn wait_told(fake: &Fake, text: &str) {
+    let deadline = Deadline::after(PATIENCE);
+    while told(fake, text) == 0 {
+        let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
+        assert!(!deadline.passed(), "never told: {text}\n{}", log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_pause_that_ran_out_and_a_file_that_went_are_told_once() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nstate_every_least_s = 1\nstate_every_most_s = 2\nsettle_s = 1\n");
+    let old = fake.state().join("workspace/notes/old.md");
+    std::fs::create_dir_all(old.parent().unwrap()).unwrap();
+    std::fs::write(&old, "of last year").unwrap();
+    let year = rustix::fs::Timespec { tv_sec: 1_700_000_000, tv_nsec: 0 };
+    let times = rustix::fs::Timestamps { last_access: year, last_modification: year };
+    rustix::fs::utimensat(rustix::fs::CWD, &old, &times, rustix::fs::AtFlags::empty()).unwrap();
+    fake.start_gateway();
+    let _agent = Agent::start(&fake);
+    until(&fake, "good", |s| s["snapshots"]["newest_good"].is_string());
+    fake.koboshi(&["pause", "--for", "2s"]).code(0);
+    std::fs::write(fake.state().join("workspace/scratch"), "x").unwrap();
+    std::fs::remove_file(&old).unwrap();
+    wait_told(&fake, "a file of the last backup is gone");
+    assert_eq!(told(&fake, &old.display().to_string()), 1);
+    wait_told(&fake, "guards");
+    assert!(!old.exists(), "only told, never put back");
+    // A second one the same day, and a pause that is ended by hand, are no news.
+    fake.koboshi(&["pause", "--for", "1h"]).code(0);
+    fake.koboshi(&["resume"]).code(0);
+    let count = |fake: &Fake| fake.json(&["snapshot", "list"]).0["snapshots"].as_array().map_or(0, Vec::len);
+    let before = count(&fake);
+    std::fs::write(fake.state().join("workspace/scratch"), "y!").unwrap();
+    let deadline = Deadline::after(PATIENCE);
+    while count(&fake) <= before {
+        assert!(!deadline.passed(), "no further snapshot");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(told(&fake, "guards"), 1);
+    assert_eq!(told(&fake, "a file of the last backup is gone"), 1);
+}
+
+#[test]
+fn status_tells_the_agents_word_while_it_is_fresh_and_check_always_looks() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    let agent = Agent::start(&fake);
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!((code, &object["judged_by"]), (0, &json!("agent")), "{object}");
+    fake.koboshi(&["status"]).code(0).says("judged     by the agent, confirmed");
+    // It knows something that no single look shows. From here on it publishes nothing by itself.
+    agent.fd.signal(Signal::STOP).unwrap();
+    let file = fake.path("k/run/status.json");
+    let spoken: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let now = host::clock::now();
+    let say = |age_ms: u64, verdict: &Value| {
+        let mut word = spoken.clone();
+        word["at"] = json!({"boot": now.boot, "ms": now.ms - age_ms});
+        word["verdict"] = verdict.clone();
+        std::fs::write(&file, word.to_string()).unwrap();
+    };
+    let unsteady = json!({"verdict": "inconclusive", "why": "it answers now and then"});
+    let down = json!({"verdict": "not-serving", "why": "wrong for a minute"});
+    say(1_000, &unsteady);
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!(
+        (code, &object["verdict"], &object["judged_by"]),
+        (3, &json!("inconclusive"), &json!("agent"))
+    );
+    fake.koboshi(&["status"]).code(3).says("it answers now and then").says("judged     by the agent\n");
+    say(60_000, &down);
+    fake.koboshi(&["status"]).code(1).says("wrong for a minute");
+    fake.koboshi(&["check"]).code(0).says("serving");
+    // Too old, or of a process that is gone: looked at here.
+    say(120_000, &down);
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!((code, &object["verdict"], &object["judged_by"]), (0, &json!("serving"), &json!("look")));
+    fake.koboshi(&["status"]).code(0).says("the agent has been silent for over 90 s");
+    say(1_000, &down);
+    agent.fd.signal(Signal::CONT).unwrap();
+    agent.kill();
+    std::fs::write(&file, {
+        let mut word = spoken.clone();
+        word["verdict"] = down;
+        word.to_string()
+    })
+    .unwrap();
+    let (object, code) = fake.json(&["status"]);
+    assert_eq!((code, &object["judged_by"]), (0, &json!("look")), "{object}");
 }
 
 /// CPU time of the agent itself and of its steps that ended, over three seconds.

@@ -1,10 +1,15 @@
 //! `koboshi install` and `koboshi uninstall`: the node is only read, down to the byte.
 
 use crate::fake::{Fake, same};
+use crate::gateway::Agent;
+use host::clock::Deadline;
 use serde_json::json;
+use std::time::Duration;
 
 /// koboshi's own places in these tests.
 const OWN: &[&str] = &["k"];
+/// A first snapshot, its settling and a repair, on a machine that has other work.
+const LIFE: Duration = Duration::from_secs(120);
 
 #[test]
 fn install_and_uninstall_leave_the_node_exactly_as_it_was() {
@@ -50,6 +55,68 @@ fn purge_says_so_and_leaves_nothing_of_koboshi_and_everything_else() {
     let left: Vec<_> =
         fake.picture(&[]).into_keys().filter(|p| p.starts_with(fake.path("k")) && p.is_file()).collect();
     assert_eq!(left, [fake.koboshi_state().join("somebody-elses")]);
+}
+
+/// Whatever a koboshi that lived has written goes, and what others put beside it stays. A new file of koboshi's that this
+/// life makes and the list does not know is found here.
+#[test]
+fn a_purge_after_a_whole_life_leaves_only_what_others_put_there() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nsettle_s = 1\n[store]\nspare = true\nscrub_every_s = 96\n");
+    fake.koboshi(&["node", "start"]).code(0);
+    let agent = Agent::start(&fake);
+    let deadline = Deadline::after(LIFE);
+    while fake.json(&["status"]).0["snapshots"]["newest_good"].is_null() {
+        assert!(!deadline.passed(), "no good snapshot");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // An incident with something replaced, a pause, the key, orders.
+    std::fs::write(fake.package().join("node_modules/ws/index.js"), "").unwrap();
+    let deadline = Deadline::after(LIFE);
+    while fake.json(&["incidents", "list"]).0["incidents"][0]["outcome"] != "recovered" {
+        assert!(!deadline.passed(), "no incident");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    fake.koboshi(&["pause", "--for", "1h"]).code(0);
+    fake.koboshi(&["key", "export"]).code(0);
+    fake.koboshi(&["alert", "test"]);
+    agent.kill();
+    // What takes peers, sudo or a registry to be made.
+    let ours = [
+        "keys/donate",
+        "koboshi.d/peer-host-22.toml",
+        "state/contacts",
+        "state/exchanged.json",
+        "state/journal.lost",
+        "state/moved.json",
+        "state/nodes/main.json",
+        "state/programs.json",
+        "state/proof.json",
+        "state/service.json",
+        "state/tools/npm.tgz",
+        "run/donate-0.lock",
+        "run/enroll.known_hosts",
+        "run/journal",
+        "run/outbox/1.json",
+        "run/recover.log",
+        "run/status.new",
+    ];
+    let others = ["keys/theirs", "koboshi.d/theirs.toml", "state/theirs", "run/theirs"];
+    for file in ours.iter().chain(&others) {
+        let path = fake.path("k").join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "").unwrap();
+    }
+    let (object, _) = fake.json(&["uninstall", "--purge", "--dry-run"]);
+    let said: Vec<_> = object["removes"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
+    assert!(said.iter().all(|p| !p.contains("theirs")), "{said:?}");
+    fake.koboshi(&["uninstall", "--purge"]).code(0);
+    let left: Vec<_> =
+        fake.picture(&[]).into_keys().filter(|p| p.starts_with(fake.path("k")) && !p.is_dir()).collect();
+    let mut wanted: Vec<_> = others.iter().map(|f| fake.path("k").join(f)).collect();
+    wanted.sort();
+    assert_eq!(left, wanted);
+    assert!(!fake.path("prefix/lib/.koboshi-spare").exists(), "the spare goes too");
 }
 
 #[test]

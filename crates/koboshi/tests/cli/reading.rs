@@ -60,7 +60,8 @@ fn status_without_an_agent_says_that_nothing_guards() {
     fake.start_gateway();
     let (object, code) = fake.json(&["status"]);
     assert_eq!(code, 0, "{object}");
-    assert_eq!(object["agent"]["running"], false);
+    assert_eq!((&object["agent"]["running"], &object["judged_by"]), (&json!(false), &json!("look")));
+    fake.koboshi(&["status"]).code(0).says("by one look of this command: no agent is there");
     assert_eq!(object["snapshots"]["count"], 0);
     assert_eq!(object["manager"], "embedded");
     let layers = object["layers"].as_array().unwrap();
@@ -177,4 +178,42 @@ fn a_configuration_that_is_no_file_is_a_usage_error() {
     std::fs::remove_file(fake.config()).unwrap();
     std::fs::create_dir(fake.config()).unwrap();
     fake.koboshi(&["status"]).code(2).says("koboshi.toml").says("fix:");
+}
+
+#[test]
+fn a_named_configuration_that_is_not_there_is_an_error_and_not_an_empty_one() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    std::fs::remove_file(fake.config()).unwrap();
+    let before = fake.picture(&[]);
+    for args in [&["status"][..], &["check"], &["guard"], &["snapshot", "list"], &["uninstall", "--purge"]] {
+        let said = fake.koboshi(args);
+        said.code(2).says("koboshi.toml").says("there is no such file").says("fix: correct --config");
+    }
+    let (object, code) = fake.json(&["check"]);
+    assert_eq!((code, object["error"]["why"].as_str()), (2, Some("there is no such file")), "{object}");
+    // The same by the environment, and a value that names nothing.
+    for named in [fake.config().into_os_string(), "".into()] {
+        let mut cmd = fake.command(&["check"]);
+        cmd.args.drain(..2);
+        cmd.env.push(("KOBOSHI_CONFIG".into(), named.clone()));
+        cmd.env_clear = true;
+        let out =
+            host::run::run(&cmd, host::clock::Deadline::after(std::time::Duration::from_secs(60))).unwrap();
+        assert_eq!(out.status, Some(2), "{named:?}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    same(&before, &fake.picture(&[]));
+    // What only `install` may do, and the default place, which may be empty.
+    let (prefix, state) = (fake.path("prefix"), fake.state());
+    let (prefix, state) = (prefix.to_str().unwrap(), state.to_str().unwrap());
+    let (object, code) = fake.json(&["install", "--dry-run", "--prefix", prefix, "--state-dir", state]);
+    assert_eq!(code, 0, "{object}");
+    if !rustix::process::geteuid().is_root() {
+        let mut cmd = fake.command(&["incidents", "list"]);
+        cmd.args[1] = fake.home().join(".config/koboshi/koboshi.toml").into();
+        cmd.env_clear = true;
+        let out =
+            host::run::run(&cmd, host::clock::Deadline::after(std::time::Duration::from_secs(60))).unwrap();
+        assert_eq!(out.status, Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    }
 }

@@ -7,8 +7,9 @@ use crate::Bench;
 use crate::Report;
 use host::clock::Deadline;
 use host::registry::{Package, Registry};
-use host::run::{Cmd, Ids, Output, as_user, run};
+use host::run::{Cmd, Ids, Output, run};
 use host::unpack::{read_file, unpack_tgz};
+use host::user::as_user;
 use host::{Context, Error, Kind, Result};
 use node::Node;
 use node::gates::{self, Gate};
@@ -138,7 +139,8 @@ fn room(target: &Node, base: &Path) -> Result<()> {
         ));
     }
     for (path, bytes) in [(base, SCRATCH_BYTES), (place::existing(&target.prefix), STAGE_BYTES)] {
-        if let Gate::Closed(why) = gates::space(path, bytes) {
+        // npm runs as the node's user.
+        if let Gate::Closed(why) = gates::space_for(path, bytes, target.ids.uid) {
             return Err(Error::new(Kind::NoSpace, what, why));
         }
     }

@@ -191,7 +191,7 @@ fn serve(home: &Node, now: &Node, state_dir: &Path, report: &mut Report) -> Resu
         node::Scope::User => now.ids,
         node::Scope::System => host::run::Ids::current(),
     };
-    let done = host::run::as_user(ids, || {
+    let done = host::user::as_user(ids, || {
         let mut done = service::restore(home, &remembered)?;
         if home.entry != now.entry || home.node_bin != now.node_bin {
             if let Some(file) = service::point(now)? {

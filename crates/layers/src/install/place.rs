@@ -1,7 +1,8 @@
 //! Who does what, and where: npm and every trial as somebody without privileges, the program's own tree as its owner.
 
 use super::{Order, STAGES};
-use host::run::{Ids, as_user};
+use host::run::Ids;
+use host::user::as_user;
 use host::{Context, Error, Kind, Result, files};
 use node::Node;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

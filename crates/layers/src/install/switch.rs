@@ -5,8 +5,9 @@ use crate::Report;
 use engine::Layer;
 use host::clock::Deadline;
 use host::exchange::{self, Swapped};
-use host::run::{Ids, as_user};
+use host::run::Ids;
 use host::service::Manager;
+use host::user::as_user;
 use host::{Context, Error, Kind, Result, files};
 use node::Node;
 use serde::{Deserialize, Serialize};
@@ -188,38 +189,8 @@ fn remove(tree: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use host::service::{ServiceState, Stopped};
+    use crate::nobody::Nobody;
     use std::time::Duration;
-
-    /// A manager that has nothing to manage.
-    struct Nobody;
-
-    impl Manager for Nobody {
-        fn kind(&self) -> &'static str {
-            "nobody"
-        }
-        fn look(&mut self, _: Deadline) -> Result<ServiceState> {
-            Ok(ServiceState::unknown())
-        }
-        fn clear_latch(&mut self, _: Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn start(&mut self, _: Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn stop(&mut self, _: Duration, _: Deadline) -> Result<Stopped> {
-            Ok(Stopped::Clean { took_ms: 0 })
-        }
-        fn hold(&mut self, _: Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn release(&mut self, _: Deadline) -> Result<()> {
-            Ok(())
-        }
-        fn reload(&mut self, _: Deadline) -> Result<()> {
-            Ok(())
-        }
-    }
 
     struct Scene {
         dir: tempfile::TempDir,

@@ -85,14 +85,28 @@ pub(crate) fn children(pid: u32) -> Vec<Id> {
 }
 
 /// Time that its living threads spent waiting for block I/O; 0 where the kernel does not account for it
-/// (`kernel.task_delayacct`). A process's own entry tells of its first thread only.
+/// (`kernel.task_delayacct`). A process's own entry tells of its first thread only. Of a wait that was begun while the
+/// account was being switched on the kernel says that it has lasted since boot; such a thread's account is left out.
 pub(crate) fn blocked_ticks(pid: u32) -> u64 {
+    let now_ticks = boot_ticks();
     let of = |task: std::path::PathBuf| {
         let text = std::fs::read_to_string(task.join("stat")).ok()?;
-        // Field 42 of proc(5); the first after the name is field 3.
-        text.get(text.rfind(')')? + 2..)?.split_ascii_whitespace().nth(42 - 3)?.parse::<u64>().ok()
+        blocked_of(&text, now_ticks)
     };
     tasks(pid).into_iter().filter_map(of).sum()
+}
+
+fn boot_ticks() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec + 1).unwrap_or(0) * rustix::param::clock_ticks_per_second()
+}
+
+fn blocked_of(stat: &str, now_ticks: u64) -> Option<u64> {
+    // Numbers as in proc(5); the first field after the name is 3.
+    let fields: Vec<&str> = stat.get(stat.rfind(')')? + 2..)?.split_ascii_whitespace().collect();
+    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+    let (began, blocked) = (field(22)?, field(42)?);
+    (blocked <= now_ticks.saturating_sub(began)).then_some(blocked)
 }
 
 /// What it has caused to be read from disk; 0 where nobody may know.
@@ -140,6 +154,18 @@ pub(crate) fn memory_bytes(pid: u32, field: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_longer_than_its_threads_life_is_the_kernels_mistake() {
+        let line = |began: u64, blocked: u64| {
+            let mut fields = vec!["0".to_owned(); 50];
+            (fields[22 - 3], fields[42 - 3]) = (began.to_string(), blocked.to_string());
+            format!("7 (a) b) {}", fields.join(" "))
+        };
+        assert_eq!(blocked_of(&line(1_000, 40), 2_000), Some(40));
+        assert_eq!(blocked_of(&line(1_000, 1_001), 2_000), None);
+        assert_eq!(blocked_of("7 (a) 0 0", 2_000), None);
+    }
 
     #[test]
     fn a_process_is_known_by_pid_and_start_and_found_in_its_family() {

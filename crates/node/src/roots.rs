@@ -33,6 +33,15 @@ fn root(name: &str, path: &Path, class: Class) -> Root {
     Root { name: name.into(), path: resolved(path), class, exclude: Vec::new(), only: None }
 }
 
+/// Missing, or a directory without a file in it (an empty repository left behind counts as empty).
+#[must_use]
+pub fn is_void(dir: &Path) -> bool {
+    match std::fs::read_dir(dir) {
+        Ok(entries) => entries.flatten().all(|e| e.file_name() == ".git"),
+        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+    }
+}
+
 /// The path without symlinks, as far as it exists: as roots, the kernel and the store know it.
 #[must_use]
 pub fn resolved(path: &Path) -> PathBuf {

@@ -7,6 +7,7 @@
 
 use crate::identity::{Baseline, DbState, check_database, read_identity};
 use crate::refusal::{self, Checked};
+use crate::roots::is_void;
 use crate::{Node, config, gates, identity, probe, tls, update};
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
@@ -280,14 +281,6 @@ fn roots(node: &Node, baseline: &Baseline, findings: &mut Vec<Finding>) {
         if root.class == Class::Workspace && known && is_void(&root.path) {
             findings.push(gone(Class::Workspace, format!("{} is missing or empty", root.path.display())));
         }
-    }
-}
-
-/// Missing, or a directory without a file in it (an empty repository left behind counts as empty).
-fn is_void(dir: &Path) -> bool {
-    match std::fs::read_dir(dir) {
-        Ok(entries) => entries.flatten().all(|e| e.file_name() == ".git"),
-        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
     }
 }
 

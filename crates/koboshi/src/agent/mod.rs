@@ -49,6 +49,7 @@ use layers::{Care, Examination};
 use node::probe::ServiceLook;
 use node::{Judge, Judgement, Node, Want};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Asking the service manager takes 10 to 30 ms; more is a manager in trouble.
@@ -88,6 +89,7 @@ pub struct Agent {
     judge: Judge,
     prober: Prober,
     watch: Watch,
+    users: UsersTrees,
     signals: Signals,
     will: Will,
     doing: Doing,
@@ -205,6 +207,7 @@ impl Agent {
             runner: Runner::new(containers, places.clone()),
             prober: Prober::start()?,
             watch: Watch::new()?,
+            users: UsersTrees::default(),
             daily: Daily::new(now),
             doing: Doing::Nothing,
             step: None,
@@ -783,14 +786,10 @@ impl Agent {
             "users" => matches!(e.kind, Change::Vanished | Change::Lost),
             _ => true,
         };
+        let emptied = events.iter().any(|e| e.key == "users" && news(e)) && self.users.emptied();
         let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
-        self.exam_due = exam_due(
-            self.exam_due,
-            now,
-            events.iter().any(|e| e.key != "users" && news(e)),
-            events.iter().any(|e| e.key == "users" && news(e)),
-            rested,
-        );
+        self.exam_due =
+            exam_due(self.exam_due, now, events.iter().any(|e| e.key != "users" && news(e)), emptied, rested);
     }
 
     fn read_will(&mut self) {
@@ -824,14 +823,8 @@ impl Agent {
             paths.extend(unit.files.iter().map(|f| ("unit", f.clone())));
         }
         // Trees of the user's, whose sudden emptiness nothing else tells before the next sweep.
-        let users = [engine::Class::Workspace, engine::Class::Credentials, engine::Class::Sessions];
-        paths.extend(
-            node::roots::roots(node)
-                .into_iter()
-                .filter(|root| users.contains(&root.class))
-                .take(MOST_USERS_ROOTS)
-                .map(|root| ("users", root.path)),
-        );
+        self.users = UsersTrees::of(node);
+        paths.extend(self.users.roots.iter().map(|(root, _)| ("users", root.clone())));
         for (key, path) in paths {
             if let Err(e) = self.watch.add(&path, key) {
                 self.say(&e.to_string());
@@ -984,6 +977,36 @@ impl Agent {
     }
 }
 
+/// The trees of the user's that are watched, and whether each was without a file when it was last looked at.
+#[derive(Debug, Default)]
+struct UsersTrees {
+    roots: Vec<(PathBuf, bool)>,
+}
+
+impl UsersTrees {
+    fn of(node: &Node) -> UsersTrees {
+        let users = [engine::Class::Workspace, engine::Class::Credentials, engine::Class::Sessions];
+        let roots = node::roots::roots(node).into_iter().filter(|root| users.contains(&root.class));
+        let look = |path: PathBuf| {
+            let void = node::roots::is_void(&path);
+            (path, void)
+        };
+        UsersTrees { roots: roots.take(MOST_USERS_ROOTS).map(|root| look(root.path)).collect() }
+    }
+
+    /// Whether one of them has been emptied or taken away since the last look. Files come and go in them all day, and a
+    /// whole look at the disk for each would cost more than all other watches together.
+    fn emptied(&mut self) -> bool {
+        let mut emptied = false;
+        for (path, void) in &mut self.roots {
+            let now = node::roots::is_void(path);
+            emptied |= now && !*void;
+            *void = now;
+        }
+        emptied
+    }
+}
+
 /// When the disk is looked at because of what inotify reported: at once for what a start needs; for the user's trees, in
 /// which agents make and delete files all day, only so often. What is due sooner is never put off by what is due later.
 fn exam_due(
@@ -1034,6 +1057,27 @@ fn describe_will(will: &Will) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_goes_is_no_news_and_a_tree_that_goes_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("workspace");
+        let mut users = UsersTrees { roots: vec![(tree.clone(), true)] };
+        assert!(!users.emptied(), "it never was there");
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("a"), "").unwrap();
+        std::fs::write(tree.join("b"), "").unwrap();
+        assert!(!users.emptied());
+        std::fs::remove_file(tree.join("b")).unwrap();
+        assert!(!users.emptied());
+        std::fs::remove_file(tree.join("a")).unwrap();
+        assert!(users.emptied());
+        assert!(!users.emptied(), "told once");
+        std::fs::write(tree.join("a"), "").unwrap();
+        assert!(!users.emptied());
+        std::fs::remove_dir_all(&tree).unwrap();
+        assert!(users.emptied());
+    }
 
     #[test]
     fn a_deleted_program_does_not_wait_for_a_users_file() {

@@ -38,6 +38,9 @@ pub struct Want {
     pub identity: bool,
     /// Look for an update at work.
     pub update: bool,
+    /// What a search for an update found a moment ago (`Some(None)`: nothing): then none is made. It goes through the open
+    /// files of every process on the host.
+    pub searched: Option<Option<UpdateAtWork>>,
     /// What the service manager says, where there is one.
     pub service: Option<ServiceLook>,
     /// The process that we started ourselves, where there is one.
@@ -429,7 +432,7 @@ pub fn look(node: &Node, want: &Want, deadline: Deadline) -> Look {
         }
     }
     if want.update || look.process.is_none() {
-        look.update = crate::update::look(node);
+        look.update = want.searched.clone().unwrap_or_else(|| crate::update::look(node));
     }
     look
 }

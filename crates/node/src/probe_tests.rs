@@ -133,3 +133,14 @@ fn a_proxy_on_an_address_of_its_own_is_neither_the_gateway_nor_a_stranger_in_its
     let look = look(&node, &Want::default(), Deadline::after(Duration::from_secs(5)));
     assert_eq!((look.listening, look.health), (Listening::Nobody, Health::Refused));
 }
+
+#[test]
+fn an_update_that_was_searched_for_a_moment_ago_is_taken_over() {
+    let dir = tempfile::tempdir().expect("dir");
+    let node = crate::find::tests::node_at(dir.path());
+    let found = UpdateAtWork { what: "npm writes".into(), progress: 7 };
+    for searched in [Some(found), None] {
+        let want = Want { update: true, searched: Some(searched.clone()), ..Want::default() };
+        assert_eq!(look(&node, &want, Deadline::after(Duration::from_secs(5))).update, searched);
+    }
+}

@@ -866,6 +866,7 @@ impl Agent {
                 hello: self.judge.wants_hello(now) || self.doing.judging(),
                 identity: self.judge.wants_identity(now),
                 update: !well,
+                searched: None,
                 service,
                 main: self.service.main(),
                 log: self.service.embedded().then(|| self.places.gateway_log()),

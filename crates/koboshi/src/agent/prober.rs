@@ -3,6 +3,7 @@
 use engine::Moment;
 use host::clock::Deadline;
 use host::{Context, Result};
+use node::update::UpdateAtWork;
 use node::{Look, Node, Want};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +15,24 @@ use std::time::Duration;
 const LOOK_LIMIT: Duration = Duration::from_secs(8);
 /// Probing needs little stack; the default would count against nothing but looks large.
 const STACK_BYTES: usize = 512 << 10;
+
+/// What the last search for an update found. It goes through the open files of every process on the host: done with each
+/// look at a gateway that starts, it would take from that start a fifth of a core.
+#[derive(Debug, Default)]
+struct LastUpdate {
+    at: Option<Moment>,
+    found: Option<UpdateAtWork>,
+}
+
+impl LastUpdate {
+    /// Updates take minutes, and the judge waits minutes for them.
+    const EVERY_MS: u64 = 5_000;
+
+    fn fresh(&self, now: Moment) -> Option<Option<UpdateAtWork>> {
+        let fresh = self.at.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < Self::EVERY_MS);
+        fresh.then(|| self.found.clone())
+    }
+}
 
 /// The probing thread. At most one look is under way.
 #[derive(Debug)]
@@ -39,11 +58,16 @@ impl Prober {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let mut heard = None;
+                let mut update = LastUpdate::default();
                 while let Ok((node, mut want)) = asked.recv() {
                     // Every hello comes with a full look at the kernel's table as well.
                     want.heard = if want.hello { None } else { heard.take() };
+                    want.searched = update.fresh(host::clock::now());
                     let look = node::look(&node, &want, Deadline::after(LOOK_LIMIT));
                     heard.clone_from(&look.heard);
+                    if want.searched.is_none() && (want.update || look.process.is_none()) {
+                        update = LastUpdate { at: Some(look.at), found: look.update.clone() };
+                    }
                     if give.send(look).is_err() {
                         return;
                     }
@@ -84,5 +108,21 @@ impl Prober {
 impl AsFd for Prober {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_search_serves_for_its_time_and_no_longer() {
+        let at = |ms| Moment { boot: 1, ms };
+        let found = Some(UpdateAtWork { what: "npm".into(), progress: 1 });
+        let last = LastUpdate { at: Some(at(1_000)), found: found.clone() };
+        assert_eq!(last.fresh(at(5_999)), Some(found));
+        assert_eq!(last.fresh(at(6_000)), None);
+        assert_eq!(last.fresh(Moment { boot: 2, ms: 1_001 }), None, "of another boot");
+        assert_eq!(LastUpdate::default().fresh(at(0)), None);
     }
 }

@@ -23,6 +23,7 @@ pub(super) fn look(desk: &Desk, node: &Node, judge: &mut Judge) -> Judgement {
         hello: judge.wants_hello(clock::now()),
         identity: true,
         update: true,
+        searched: None,
         log: service.is_none().then(|| desk.places.gateway_log()),
         service,
         main: None,

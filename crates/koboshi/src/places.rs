@@ -73,7 +73,7 @@ impl Places {
 
     /// Digests of the programs that were proven good here, for when the store is lost.
     pub fn known_programs(&self) -> PathBuf {
-        self.state_dir.join("programs.json")
+        layers::peer_copy::known_programs(&self.state_dir)
     }
 
     /// The key that is offered to peers.

@@ -63,14 +63,13 @@ impl<'a> Donor<'a> {
         koboshi: &str,
         deadline: Deadline,
     ) -> Donor<'a> {
-        let remembered =
-            store.and_then(|s| trees::remembered(s, deadline).ok().flatten()).map(|(info, list)| {
-                // The program's own word where the same version still lies there, else the schema that it served with.
-                let same =
-                    node.package_version().is_some_and(|v| info.version.as_deref() == Some(v.as_str()));
-                let schema = if same { node.schema_versions() } else { None };
-                Remembered { version: info.version, schema, list }
-            });
+        let remembered = store.and_then(|s| trees::remembered(s, deadline).ok().flatten()).map(|found| {
+            let trees::Remembered { info, list, .. } = found;
+            // The program's own word where the same version still lies there, else the schema that it served with.
+            let same = node.package_version().is_some_and(|v| info.version.as_deref() == Some(v.as_str()));
+            let schema = if same { node.schema_versions() } else { None };
+            Remembered { version: info.version, schema, list }
+        });
         Donor {
             node,
             shelf,

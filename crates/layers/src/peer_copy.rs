@@ -11,7 +11,8 @@
 
 mod stage;
 
-use crate::{Bench, Report, quiet, trees};
+use crate::trees::{self, Modes};
+use crate::{Bench, Report, quiet};
 use engine::Class;
 use host::clock::{self, Deadline};
 use host::exchange::{self, Swapped};
@@ -101,12 +102,47 @@ pub struct Help<'a> {
     pub known: PathBuf,
 }
 
-/// A program that was proven good on this host.
+/// A program that was proven on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Known {
     version: String,
     /// Of the list of the program alone, in hexadecimal.
     digest: String,
+    /// What proved it.
+    #[serde(default)]
+    by: By,
+}
+
+/// What proved a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum By {
+    /// A trusted snapshot holds it: the node served with it.
+    #[default]
+    Serving,
+    /// It was made here of tarballs with the hashes that the registry promises. Whether it serves is not said.
+    Registry,
+}
+
+/// The file of what was proven here, in koboshi's own directory.
+#[must_use]
+pub fn known_programs(state_dir: &Path) -> PathBuf {
+    state_dir.join("programs.json")
+}
+
+/// Writes down what a program that was made of the registry's proven tarballs consists of: the registry's promise is of
+/// tarballs, a peer lends a tree, and this is where the two can be held against each other.
+///
+/// # Errors
+/// When it cannot be read whole or written down.
+pub(crate) fn remember_made(program: &Path, version: &str, known: &Path, deadline: Deadline) -> Result<()> {
+    let (list, whole) = trees::one(Tree::Program, program, deadline);
+    if !whole {
+        let what = format!("listing the program in {}", program.display());
+        return Err(Error::new(Kind::TimedOut, what, "it could not be read whole in time"));
+    }
+    let digest = hex(&list.digest());
+    note_known(Known { version: version.to_owned(), digest, by: By::Registry }, known)
 }
 
 /// Writes down what the newest trusted snapshot's program is, so that a donor's word can be checked when the store is
@@ -115,14 +151,21 @@ struct Known {
 /// # Errors
 /// When the store cannot be read or the file not written.
 pub fn remember(store: &store::Store, known: &Path, deadline: Deadline) -> Result<()> {
-    let Some((info, list)) = trees::remembered(store, deadline)? else { return Ok(()) };
+    let Some(trees::Remembered { info, list, .. }) = trees::remembered(store, deadline)? else {
+        return Ok(());
+    };
     let Some(version) = info.version else { return Ok(()) };
-    let one = Known { version, digest: hex(&list.only(Tree::Program).digest()) };
+    note_known(Known { version, digest: hex(&list.only(Tree::Program).digest()), by: By::Serving }, known)
+}
+
+fn note_known(one: Known, known: &Path) -> Result<()> {
     let mut all = load(known);
-    if all.first() == Some(&one) {
+    let same = |k: &Known| (&k.version, &k.digest) == (&one.version, &one.digest);
+    // Having served says more than having been made.
+    if all.first() == Some(&one) || one.by == By::Registry && all.iter().any(same) {
         return Ok(());
     }
-    all.retain(|k| *k != one);
+    all.retain(|k| !same(k));
     all.insert(0, one);
     all.truncate(MAX_KNOWN);
     let text = serde_json::to_vec_pretty(&all)
@@ -143,6 +186,7 @@ fn hex(name: &Name) -> String {
 /// What is to lie here, and who says so.
 struct Goal {
     list: Manifest,
+    modes: Modes,
     version: Option<String>,
     proof: Proof,
 }
@@ -154,6 +198,8 @@ enum Proof {
     OwnList,
     /// The digest of its program was written down when that was proven here.
     OwnDigest,
+    /// The digest of its program was written down when it was made here of the registry's proven tarballs.
+    Registry,
     /// Only donors say so.
     Donors,
 }
@@ -164,7 +210,7 @@ impl Proof {
     fn ours(self) -> bool {
         match self {
             Proof::OwnList | Proof::OwnDigest => true,
-            Proof::Donors => false,
+            Proof::Registry | Proof::Donors => false,
         }
     }
 }
@@ -172,6 +218,8 @@ impl Proof {
 /// A donor that was heard and waits for another one to agree.
 struct Heard {
     name: String,
+    /// Whom it is known by: one host under two names is one witness.
+    host_key: String,
     call: Call,
     list: Manifest,
     version: Option<String>,
@@ -209,6 +257,8 @@ pub fn work(bench: &mut Bench<'_>, help: &Help<'_>, hung: bool) -> Result<Report
         stage.prove(*tree, bench.deadline)?;
     }
     fits_together(bench, &goal, &stages)?;
+    // systemd would start what is being replaced.
+    quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, AFTER_STOP, &mut report)?;
     for (tree, _) in &stages {
         let live = trees::place(bench.node, *tree);
@@ -232,7 +282,7 @@ fn words(tree: Tree) -> &'static str {
 
 /// What our own newest trusted snapshot says, if its program may meet the databases as they are.
 fn own_goal(bench: &Bench<'_>, report: &mut Report) -> Option<Goal> {
-    let (info, list) = match trees::remembered(bench.store?, bench.deadline) {
+    let trees::Remembered { info, list, modes } = match trees::remembered(bench.store?, bench.deadline) {
         Ok(found) => found?,
         Err(e) => {
             report.could_not(format!("our own list cannot be read: {}", e.why));
@@ -245,7 +295,7 @@ fn own_goal(bench: &Bench<'_>, report: &mut Report) -> Option<Goal> {
         report.could_not(format!("the program of snapshot {} is not used: {why}", info.id));
         return None;
     }
-    Some(Goal { list, version: info.version, proof: Proof::OwnList })
+    Some(Goal { list, modes, version: info.version, proof: Proof::OwnList })
 }
 
 /// A copy under way.
@@ -299,7 +349,7 @@ impl<'a> Copy<'a> {
             if let Gate::Closed(why) = gates::space(&Stage::dir_for(tree, &live), room) {
                 return Err(Error::new(Kind::NoSpace, format!("staging the {}", words(tree)), why));
             }
-            let mut stage = Stage::open(tree, list, &live, self.deadline)?;
+            let mut stage = Stage::open(tree, list, goal.modes.clone(), &live, self.deadline)?;
             let mut near = Near {
                 live: (&live, &now),
                 spare: self.spare.filter(|_| tree == Tree::Program),
@@ -386,25 +436,35 @@ impl<'a> Copy<'a> {
             let digest = list.only(Tree::Program).digest();
             let version = status.version.clone();
             let known =
-                self.known.iter().any(|k| Some(&k.version) == version.as_ref() && k.digest == hex(&digest));
-            let agrees = self.waiting.iter().any(|h| h.list.only(Tree::Program).digest() == digest);
-            let agrees_wholly = self.waiting.iter().any(|h| h.list.digest() == list.digest());
-            if known || agrees || peer.trusted {
+                self.known.iter().find(|k| Some(&k.version) == version.as_ref() && k.digest == hex(&digest));
+            let known = known.map(|k| k.by);
+            let witness = |h: &&Heard| h.host_key != peer.host_key && h.version == version;
+            let witnesses = || self.waiting.iter().filter(witness);
+            let agrees = witnesses().any(|h| h.list.only(Tree::Program).digest() == digest);
+            let agrees_wholly = witnesses().any(|h| h.list.digest() == list.digest());
+            if known.is_some() || agrees || peer.trusted {
                 report.did(match (known, agrees) {
-                    (true, _) => format!("{name} has the program that was proven good here"),
-                    (false, true) => format!("{name} and another donor agree on every byte"),
-                    (false, false) => format!("{name} is trusted for a version that was never proven here"),
+                    (Some(By::Serving), _) => format!("{name} has the program that was proven good here"),
+                    (Some(By::Registry), _) => {
+                        format!("{name} has the program that was made here of the registry's proven tarballs")
+                    }
+                    (None, true) => format!("{name} and another donor agree on every byte"),
+                    (None, false) => format!("{name} is trusted for a version that was never proven here"),
                 });
                 // The digest is of the program: a runtime needs more than that.
                 let list = if peer.trusted || agrees_wholly { list } else { list.only(Tree::Program) };
-                let proof = if known { Proof::OwnDigest } else { Proof::Donors };
-                self.aim(Goal { list, version, proof }, report)?;
+                let proof = match known {
+                    Some(By::Serving) => Proof::OwnDigest,
+                    Some(By::Registry) => Proof::Registry,
+                    None => Proof::Donors,
+                };
+                self.aim(Goal { list, modes: Modes::default(), version, proof }, report)?;
             } else {
                 report.could_not(format!(
                     "{name} has {}, which was never proven here: a second donor must agree, or it be marked trusted",
                     version.as_deref().unwrap_or("an unknown version")
                 ));
-                self.waiting.push(Heard { name, call, list, version });
+                self.waiting.push(Heard { name, host_key: peer.host_key.clone(), call, list, version });
                 return Ok(());
             }
         }
@@ -503,7 +563,8 @@ impl<'a> Copy<'a> {
     }
 }
 
-/// A program that never served here must suit the runtime that will run it.
+/// A program that is not of our own list must be what its donor said it is, suit the databases and the runtime that will
+/// run it. The donor's word was enough to ask it; what counts is what lies in the stage.
 fn fits_together(bench: &Bench<'_>, goal: &Goal, stages: &[(Tree, Stage)]) -> Result<()> {
     let what = "copy the program from a peer";
     let staged = |tree: Tree| {
@@ -513,6 +574,17 @@ fn fits_together(bench: &Bench<'_>, goal: &Goal, stages: &[(Tree, Stage)]) -> Re
     };
     if goal.proof == Proof::OwnList {
         return Ok(());
+    }
+    let program = Node { package_dir: staged(Tree::Program), ..bench.node.clone() };
+    if program.package_version() != goal.version {
+        let said = |v: Option<&str>| v.unwrap_or("of no version").to_owned();
+        let (is, was) = (said(program.package_version().as_deref()), said(goal.version.as_deref()));
+        return Err(Error::new(Kind::Corrupt, what, format!("it is {is}, its donor called it {was}")));
+    }
+    if let Some(schema) = program.schema_versions()
+        && let Gate::Closed(why) = gates::schema(bench.node, schema, bench.deadline)
+    {
+        return Err(Error::new(Kind::NotFound, what, why));
     }
     let runtime = match &bench.node.runtime_dir {
         Some(dir) => {
@@ -575,6 +647,7 @@ pub fn conclude(node: &Node, quarantine: &Path, good: bool, deadline: Deadline) 
 /// # Errors
 /// When the gateway cannot be stopped or the exchange not taken back.
 pub fn take_back(bench: &mut Bench<'_>, hung: bool, report: &mut Report) -> Result<()> {
+    quiet::hold(bench, report);
     quiet::stop(bench, hung, AFTER_STOP, report)?;
     if conclude(bench.node, &bench.quarantine, false, bench.deadline)? {
         report.did("the peer's program goes back for what was there before: the node did not serve with it");

@@ -7,6 +7,7 @@ use node::Node;
 use node::roots::resolved;
 use reach::words::MAX_OBJECT_BYTES;
 use reach::{Entry, Manifest, Name, Thing, Tree};
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -33,18 +34,70 @@ fn root(tree: Tree) -> &'static str {
     }
 }
 
+/// Permission bits that a list cannot say: those of files and directories that are not simply 644 or 755.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Modes(HashMap<(Tree, Vec<u8>), u32>);
+
+impl Modes {
+    /// What an entry gets where nothing else is known.
+    fn usual(thing: &Thing) -> u32 {
+        match thing {
+            Thing::Dir | Thing::File { exec: true, .. } => 0o755,
+            Thing::File { exec: false, .. } => 0o644,
+            Thing::Link { .. } => 0o777,
+        }
+    }
+
+    fn note(&mut self, entry: &Entry, mode: u32) {
+        // What runs as somebody else than its caller is in no program that we would make.
+        let mode = mode & 0o777;
+        if mode != Modes::usual(&entry.thing) && !matches!(entry.thing, Thing::Link { .. }) {
+            self.0.insert((entry.tree, entry.path.clone()), mode);
+        }
+    }
+
+    /// What this entry is to have in the end.
+    pub(crate) fn of(&self, entry: &Entry) -> u32 {
+        let own = if self.0.is_empty() { None } else { self.0.get(&(entry.tree, entry.path.clone())) };
+        own.copied().unwrap_or_else(|| Modes::usual(&entry.thing))
+    }
+
+    /// The same as long as its maker must still come to it, who may be an ordinary user.
+    pub(crate) fn while_made(&self, entry: &Entry) -> u32 {
+        let own = match entry.thing {
+            Thing::Dir => 0o700,
+            Thing::File { .. } | Thing::Link { .. } => 0o600,
+        };
+        self.of(entry) | own
+    }
+}
+
+/// What the newest trusted snapshot says of program and runtime.
+#[derive(Debug, Clone)]
+pub(crate) struct Remembered {
+    pub(crate) info: SnapshotInfo,
+    /// What two hosts with the same program agree on.
+    pub(crate) list: Manifest,
+    /// What is this host's own beside it: npm keeps what a package's author had, and a copy that has not is damage to
+    /// whoever compares it with the snapshot.
+    pub(crate) modes: Modes,
+}
+
 /// Program and runtime of the newest trusted snapshot, with its record. `None` when there is none that holds a program.
-pub(crate) fn remembered(store: &Store, deadline: Deadline) -> Result<Option<(SnapshotInfo, Manifest)>> {
+pub(crate) fn remembered(store: &Store, deadline: Deadline) -> Result<Option<Remembered>> {
     let Some(info) = store.newest_trusted(Some(Class::Program))? else { return Ok(None) };
-    let mut manifest = Manifest::default();
+    let (mut manifest, mut modes) = (Manifest::default(), Modes::default());
     for tree in [Tree::Program, Tree::Runtime] {
         let Some((_, held)) = store.held(&info.id, root(tree), deadline)? else { continue };
         for one in held {
             let what = || format!("listing the {} of snapshot {}", root(tree), info.id);
-            manifest.push(entry(tree, one)).map_err(|why| Error::new(Kind::Corrupt, what(), why))?;
+            let mode = one.mode;
+            let entry = entry(tree, one);
+            modes.note(&entry, mode);
+            manifest.push(entry).map_err(|why| Error::new(Kind::Corrupt, what(), why))?;
         }
     }
-    Ok(manifest.has(Tree::Program).then_some((info, manifest)))
+    Ok(manifest.has(Tree::Program).then_some(Remembered { info, list: manifest, modes }))
 }
 
 fn entry(tree: Tree, held: Held) -> Entry {

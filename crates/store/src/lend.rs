@@ -17,6 +17,8 @@ use std::path::PathBuf;
 pub struct Held {
     /// Below the root; empty = the root itself.
     pub path: Vec<u8>,
+    /// Its permission bits. They are this host's own: no list that travels has them.
+    pub mode: u32,
     /// What it is.
     pub what: HeldKind,
 }
@@ -98,7 +100,7 @@ impl Store {
                     ));
                 }
             };
-            held.push(Held { path: entry.path, what: kind });
+            held.push(Held { path: entry.path, mode: entry.mode & 0o7777, what: kind });
         }
         Ok(Some((found.root.path.clone(), held)))
     }

@@ -39,6 +39,10 @@ const CONTACTS_RETRY_MS: u64 = 600_000;
 /// Messages that no channel took are tried again at the latest after this.
 const DELIVER_MOST_MS: u64 = 900_000;
 
+/// Of a look that a decision waits for. Even a thorough one at a warm program takes a second; a stuck disk is not waited
+/// for.
+pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(20);
+
 /// Limits of the jobs.
 const EXAMINE_LIMIT: Duration = Duration::from_secs(120);
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(900);
@@ -797,15 +801,18 @@ impl Agent {
 
     /// A look at the disk right now, in its own container, for a decision that waits for it.
     pub(super) fn examine_now(&mut self, care: Care) -> Option<Examination> {
-        /// Even a thorough look at a warm program takes a second; a stuck disk is not waited for.
-        const LIMIT: Duration = Duration::from_secs(20);
+        self.examine_within(care, LOOK_LIMIT)
+    }
+
+    /// The same with a limit of its own.
+    pub(super) fn examine_within(&mut self, care: Care, limit: Duration) -> Option<Examination> {
         self.daily.make_way();
         // A decision is never made on a look from before: without a new one nothing is known.
         self.exam = None;
         self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
         let work = Work::Examine { care, users: false };
-        let answer = self.runner.run("job-examine", work, &self.node, Some(&baseline), LIMIT);
+        let answer = self.runner.run("job-examine", work, &self.node, Some(&baseline), limit);
         let examined = |a| if let Answer::Examined(exam) = a { Some(*exam) } else { None };
         match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), examined)) {
             Ok(exam) => {

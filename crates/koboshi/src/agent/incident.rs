@@ -1,6 +1,7 @@
 //! An incident's way: the engine says what to do, this does it and writes down what came of it.
 
 use super::book::Written;
+use super::daily::LOOK_LIMIT;
 use super::{Agent, MANAGER_LIMIT};
 use crate::config::Mode;
 use crate::patient::{self, Service};
@@ -569,7 +570,7 @@ impl Agent {
         self.looks_from = clock::now();
         self.next_look = self.looks_from;
         self.write(Record::new(clock::now(), event));
-        if matches!(layer, Layer::Restore | Layer::SystemInstall | Layer::UserInstall) {
+        if holds(layer) {
             // The repair is over, and with it its hold; the start comes next.
             self.release();
         }
@@ -617,7 +618,7 @@ impl Agent {
         }
         let care = if layer == Layer::InPlace { Care::Quick } else { Care::Down };
         let looked = if layer == Layer::Restart { self.fresh_exam() } else { None };
-        let Some(exam) = looked.or_else(|| self.examine_now(care)) else {
+        let Some(exam) = looked.or_else(|| self.examine_within(care, claim_limit(layer))) else {
             return nothing("the disk could not be looked at in time".to_owned());
         };
         self.noticed(exam.findings.clone());
@@ -626,7 +627,7 @@ impl Agent {
             // A config that is being edited keeps nothing from starting that was clean otherwise.
             (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
             // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
-            (Layer::Restore | Layer::SystemInstall | Layer::UserInstall, _)
+            (Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy, _)
                 if !exam.findings.iter().any(bars_a_start) =>
             {
                 Claim::Ready { inputs: exam.inputs }
@@ -662,6 +663,8 @@ impl Agent {
             // The next turn of the layer begins by taking it back.
             Err(e) => self.say(&e.to_string()),
         }
+        // Its container is empty, and its hold ends with it.
+        self.release();
     }
 
     /// A start that failed is a reason to look again, at every byte: what it said and what a stat sweep cannot see.
@@ -870,6 +873,25 @@ impl Agent {
             gates::Gate::Open => Ok(()),
             gates::Gate::Closed(why) => Err(why),
         }
+    }
+}
+
+/// Whether this layer's step keeps the unit down while it works: then its end takes the hold back, whatever end it was.
+fn holds(layer: Layer) -> bool {
+    match layer {
+        Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy => true,
+        // The first two only stop or touch nothing that runs; emergency has no step.
+        Layer::Restart | Layer::InPlace | Layer::Emergency => false,
+    }
+}
+
+/// How long the look after a layer may take. A tree that was put in place as a whole is one that no index vouches for
+/// yet: 38,000 files are read, which takes seconds, and on a starved machine longer than any other look. It ends within
+/// what the turn keeps for its start.
+fn claim_limit(layer: Layer) -> Duration {
+    match layer {
+        Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy => Duration::from_secs(40),
+        Layer::Restart | Layer::Restore | Layer::InPlace | Layer::Emergency => LOOK_LIMIT,
     }
 }
 

@@ -1,8 +1,8 @@
 //! Keeping a unit down: for a repair, and because its owner wants it so.
 //!
-//! A repair under systemd needs quiet: `Restart=always` would start the gateway in its middle. Layer 1's step therefore
-//! holds the unit (docs/decisions/0007) before it stops it. The step's intent in the journal is the intent of the hold
-//! too, and the hold's undo is the emptied container: whoever ends the step takes the hold back, be it this agent, the
+//! A repair under systemd needs quiet: `Restart=always` would start the gateway in its middle. The step of layer 1, 2, 3
+//! or 4 therefore holds the unit (docs/decisions/0007) before it stops it. The step's intent in the journal is the intent
+//! of the hold too, and the hold's undo is the emptied container: whoever ends the step takes the hold back, be it this agent, the
 //! next one after its death, or the agent's own end. While the step's container may live, nothing is released.
 //!
 //! A stop by `koboshi node stop` holds as well, and an agent that begins in a new boot does it again, because an enabled

@@ -36,6 +36,8 @@ use std::time::Duration;
 pub const NPM_LIMIT: Duration = Duration::from_secs(120);
 /// A registry that does not answer one question in this time is as good as dead.
 const ASK_LIMIT: Duration = Duration::from_secs(15);
+/// Listing the new tree for peers to be measured by: it was just read and is in the page cache.
+const LIST_LIMIT: Duration = Duration::from_secs(8);
 /// What is left to do once the gateway has ended: renames, a link, a unit.
 const NEEDS: Duration = Duration::from_secs(3);
 /// The package on the registry.
@@ -149,6 +151,12 @@ fn put(
     let proof = Proof::of(&ready.program, &order.version)?;
     let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
     report.did(format!("a proof of it is taken in {took_s:.1} s"));
+    // The same for layer 4, for the day when this tree is gone and the store does not hold it yet. A help, not a need.
+    let known = crate::peer_copy::known_programs(&order.state_dir);
+    let by = bench.deadline.min(host::clock::Deadline::after(LIST_LIMIT));
+    if let Err(e) = crate::peer_copy::remember_made(&ready.program, &order.version, &known, by) {
+        report.could_not(e.to_string());
+    }
     // systemd would start the tree that is being replaced.
     quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, NEEDS, &mut report)?;
@@ -232,7 +240,12 @@ pub fn remember_service(node: &Node, state_dir: &Path) -> Result<()> {
 /// # Errors
 /// When it cannot be read or written down.
 pub fn note_installed(node: &Node, version: &str, state_dir: &Path) -> Result<()> {
-    Proof::of(&node.package_dir, version)?.save(state_dir)
+    Proof::of(&node.package_dir, version)?.save(state_dir)?;
+    let known = crate::peer_copy::known_programs(state_dir);
+    // A help for layer 4, not a need.
+    let by = host::clock::Deadline::after(LIST_LIMIT);
+    let _ = crate::peer_copy::remember_made(&node.package_dir, version, &known, by);
+    Ok(())
 }
 
 /// `<prefix>/bin/openclaw`, as npm makes it.

@@ -4,7 +4,7 @@
 //! reached through that directory's descriptor only, without following any link: the neighbourhood may belong to a user
 //! who plants some. What was proven once stays when a donor fails or this process is killed, and is found again.
 
-use crate::trees;
+use crate::trees::{self, Modes};
 use host::clock::Deadline;
 use host::{Context, Error, Kind, Result};
 use reach::words::MAX_OBJECT_BYTES;
@@ -38,6 +38,7 @@ pub(super) struct Stage {
     path: PathBuf,
     top: &'static str,
     goal: Manifest,
+    modes: Modes,
     owner: Option<(Uid, Gid)>,
     /// What is still missing: piece → the places it belongs to.
     want: HashMap<Name, Vec<(usize, u64)>>,
@@ -68,8 +69,15 @@ impl Stage {
         Stage::dir_for(tree, live).join(top(tree))
     }
 
-    /// Makes the stage of `goal` (entries of one tree) and takes over what an earlier try left there.
-    pub(super) fn open(tree: Tree, goal: Manifest, live: &Path, deadline: Deadline) -> Result<Stage> {
+    /// Makes the stage of `goal` (entries of one tree) and takes over what an earlier try left there. `modes` is what
+    /// this host knows of it beyond that list.
+    pub(super) fn open(
+        tree: Tree,
+        goal: Manifest,
+        modes: Modes,
+        live: &Path,
+        deadline: Deadline,
+    ) -> Result<Stage> {
         let path = Stage::dir_for(tree, live);
         let what = || format!("making the stage {}", path.display());
         let owner = make_parents(live)?;
@@ -85,6 +93,7 @@ impl Stage {
             path,
             top: top(tree),
             goal,
+            modes,
             owner,
             want: HashMap::new(),
             order: Vec::new(),
@@ -120,8 +129,17 @@ impl Stage {
 
     fn file(&self, path: &[u8]) -> std::io::Result<File> {
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd =
-            rustix::fs::openat2(&self.dir, self.below(path), flags, Mode::from_raw_mode(0o600), BENEATH)?;
+        let own = Mode::from_raw_mode(0o600);
+        let open = || rustix::fs::openat2(&self.dir, self.below(path), flags, own, BENEATH);
+        let fd = match open() {
+            // One that an earlier try had finished, and that is closed to its own owner.
+            Err(rustix::io::Errno::ACCESS) => {
+                let (above, name) = self.parent(path)?;
+                rustix::fs::chmodat(&above, &name, own, AtFlags::empty())?;
+                open()?
+            }
+            other => other?,
+        };
         Ok(File::from(fd))
     }
 
@@ -179,7 +197,7 @@ impl Stage {
                 return Err(Error::new(Kind::TimedOut, what(), "the time is over"));
             }
             match &entry.thing {
-                Thing::Dir => self.make_dir(&entry.path).context(what)?,
+                Thing::Dir => self.make_dir(entry).context(what)?,
                 Thing::Link { target } => self.make_link(&entry.path, target).context(what)?,
                 Thing::File { .. } => {
                     let file = self.file(&entry.path).context(what)?;
@@ -218,15 +236,15 @@ impl Stage {
         Ok(())
     }
 
-    fn make_dir(&self, path: &[u8]) -> std::io::Result<()> {
-        let (above, name) = self.parent(path)?;
+    fn make_dir(&self, entry: &Entry) -> std::io::Result<()> {
+        let (above, name) = self.parent(&entry.path)?;
         match rustix::fs::mkdirat(&above, &name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(e) => return Err(e.into()),
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
         let dir = rustix::fs::openat2(&above, &name, flags, Mode::empty(), BENEATH)?;
-        rustix::fs::fchmod(&dir, Mode::from_raw_mode(0o755))?;
+        rustix::fs::fchmod(&dir, Mode::from_raw_mode(self.modes.while_made(entry)))?;
         self.give(dir.as_fd())
     }
 
@@ -251,9 +269,9 @@ impl Stage {
     }
 
     fn finish(&self, file: &File, entry: &Entry) -> std::io::Result<()> {
-        let Thing::File { exec, size, .. } = &entry.thing else { return Ok(()) };
+        let Thing::File { size, .. } = &entry.thing else { return Ok(()) };
         file.set_len(*size)?;
-        rustix::fs::fchmod(file, Mode::from_raw_mode(if *exec { 0o755 } else { 0o644 }))?;
+        rustix::fs::fchmod(file, Mode::from_raw_mode(self.modes.while_made(entry)))?;
         self.give(file.as_fd())
     }
 
@@ -287,6 +305,20 @@ impl Stage {
         let (staged, whole) = trees::one(tree, &self.through(), deadline);
         if !whole || staged.digest() != self.goal.digest() {
             return Err(Error::new(Kind::Corrupt, what(), "what lies there is not what was put there"));
+        }
+        self.close().context(what)
+    }
+
+    /// Gives every entry exactly the mode that this host remembers of it, the inner ones first.
+    fn close(&self) -> std::io::Result<()> {
+        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::RDONLY;
+        for entry in self.goal.entries().iter().rev() {
+            let mode = self.modes.of(entry);
+            if mode == self.modes.while_made(entry) || matches!(entry.thing, Thing::Link { .. }) {
+                continue;
+            }
+            let fd = rustix::fs::openat2(&self.dir, self.below(&entry.path), flags, Mode::empty(), BENEATH)?;
+            rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
         }
         Ok(())
     }

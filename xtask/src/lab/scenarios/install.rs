@@ -1,5 +1,6 @@
 //! Layers 2 and 3 under a real systemd, from the lab's own registry: what heals when no snapshot can.
 
+use super::kept;
 use crate::lab::host::Host;
 use crate::lab::judge;
 use crate::lab::koboshi::{Before, Home, Koboshi};
@@ -49,13 +50,6 @@ fn healed(play: &mut Play, koboshi: Koboshi, host: &Host, layer: &str) -> Result
     let right = last["outcome"] == "recovered" && last["layer"] == layer;
     play.claim(right, &format!("{layer} healed it"), || last.to_string());
     Ok(())
-}
-
-fn kept<T>(play: &mut Play, host: &Host, result: Result<T, String>) -> Result<(), String> {
-    if result.is_err() || play.count.failed > 0 {
-        play.remember(host);
-    }
-    result.map(drop)
 }
 
 /// No store, no program, and the unit's own file gone too: layer 2 as root for a user's node.

@@ -6,6 +6,7 @@ mod peers;
 mod systemd;
 
 use super::Play;
+use super::host::Host;
 
 /// One scenario.
 pub(crate) struct Scenario {
@@ -26,6 +27,14 @@ const fn full(
     play: fn(&mut Play) -> Result<(), String>,
 ) -> Scenario {
     Scenario { name, proves, ci: false, play }
+}
+
+/// Keeps what is worth reading of a host where something failed on it, in the claims or on the way to them.
+fn kept<T>(play: &mut Play, host: &Host, result: Result<T, String>) -> Result<(), String> {
+    if result.is_err() || play.count.failed > 0 {
+        play.remember(host);
+    }
+    result.map(drop)
 }
 
 /// All of them.

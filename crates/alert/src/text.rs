@@ -77,6 +77,8 @@ pub enum Notice {
     StoppedByOwner,
     /// An enabled unit was stopped without a word; it was started again, once.
     StartedAgain,
+    /// A node that ran from elsewhere is in its own place again, or could not stay there.
+    Home,
     /// An update has been at work for long while the node serves.
     UpdateLong,
     /// A new version or a new identity is the baseline now.
@@ -110,6 +112,7 @@ impl Notice {
             Notice::NotMended => "not-mended",
             Notice::StoppedByOwner => "stopped-by-owner",
             Notice::StartedAgain => "started-again",
+            Notice::Home => "home",
             Notice::UpdateLong => "update-long",
             Notice::NewBaseline => "new-baseline",
             Notice::FileMissing => "file-missing",
@@ -165,6 +168,7 @@ impl Kind {
                 Notice::LeftAlone
                 | Notice::StoppedByOwner
                 | Notice::StartedAgain
+                | Notice::Home
                 | Notice::UpdateLong
                 | Notice::NewBaseline
                 | Notice::PauseEnded
@@ -487,6 +491,23 @@ fn notice_words(notice: Notice) -> Row {
                 ],
             },
         },
+        Notice::Home => Row {
+            en: Words {
+                what: "{node} on {host}: on its way back to where it belongs",
+                why: WHY_EN,
+                then: &[
+                    "Where it runs now: koboshi status. To keep it from moving by itself: return_home = false \
+                     under [ladder]",
+                ],
+            },
+            ja: Words {
+                what: "{host} の {node}: 本来の場所への復帰について",
+                why: WHY_JA,
+                then: &[
+                    "現在の実行場所: koboshi status。自動で戻さないようにするには [ladder] に return_home = false",
+                ],
+            },
+        },
         Notice::UpdateLong => Row {
             en: Words {
                 what: "{node} on {host}: an update has been at work for long",
@@ -765,7 +786,7 @@ mod tests {
         }
     }
 
-    const EVERY: [Kind; 19] = [
+    const EVERY: [Kind; 20] = [
         Kind::Opening,
         Kind::Emergency,
         Kind::Closing,
@@ -775,6 +796,7 @@ mod tests {
         Kind::Notice(Notice::NotMended),
         Kind::Notice(Notice::StoppedByOwner),
         Kind::Notice(Notice::StartedAgain),
+        Kind::Notice(Notice::Home),
         Kind::Notice(Notice::UpdateLong),
         Kind::Notice(Notice::NewBaseline),
         Kind::Notice(Notice::FileMissing),

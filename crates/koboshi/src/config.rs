@@ -167,11 +167,19 @@ impl Default for Backup {
 }
 
 /// `[ladder]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Climbing {
     /// Layers that are passed over on this host, by their names (`system-install`, ...).
     pub skip: Vec<engine::Layer>,
+    /// A node that layer 3 displaced moves back into its own prefix by itself, once that can be written to again.
+    pub return_home: bool,
+}
+
+impl Default for Climbing {
+    fn default() -> Climbing {
+        Climbing { skip: Vec::new(), return_home: true }
+    }
 }
 
 impl Climbing {

@@ -11,7 +11,7 @@ use alert::Outbox;
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
 use host::{Error, Kind, Result, files};
-use layers::install::Proof;
+use layers::install::{Proof, home};
 use layers::{Bench, Care, Examination, Report};
 use node::{Baseline, Node};
 use serde::{Deserialize, Serialize};
@@ -117,6 +117,18 @@ pub enum Work {
     AskSudo,
     /// What layer 2 or 3 put in place was not accepted: back to what was there before.
     TakeBack,
+    /// Builds the program beside the home of a displaced node, which serves meanwhile.
+    StageHome {
+        /// The version that serves.
+        version: String,
+    },
+    /// Stops the gateway and moves it home.
+    MoveHome {
+        /// The version that stands ready.
+        version: String,
+    },
+    /// The node did not serve at home: back to where it came from.
+    HomeBack,
     /// Layer in-place.
     InPlace {
         /// Why.
@@ -130,7 +142,7 @@ impl Work {
     /// Whether it makes a program anew, which takes more than any other work.
     pub fn installs(&self) -> bool {
         match self {
-            Work::SystemInstall { .. } | Work::UserInstall { .. } => true,
+            Work::SystemInstall { .. } | Work::UserInstall { .. } | Work::StageHome { .. } => true,
             Work::Examine { .. }
             | Work::Snapshot { .. }
             | Work::Settle
@@ -146,6 +158,8 @@ impl Work {
             | Work::PeerCopy { .. }
             | Work::PeerBack { .. }
             | Work::TakeBack
+            | Work::MoveHome { .. }
+            | Work::HomeBack
             | Work::InPlace { .. } => false,
         }
     }
@@ -389,6 +403,17 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             let mut report = Report::default();
             layers::peer_copy::take_back(bench, true, &mut report).map(|()| report)
         }),
+        Work::StageHome { version } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
+            with_bench(request, &config, &places, 0, deadline, |bench| home::stage(bench, &order))
+        }
+        Work::MoveHome { version } => {
+            let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
+            with_bench(request, &config, &places, 0, deadline, |bench| home::go(bench, &order))
+        }
+        Work::HomeBack => {
+            with_bench(request, &config, &places, 0, deadline, |bench| home::back(bench, &places.state_dir))
+        }
         Work::InPlace { findings, incident } => {
             with_bench(request, &config, &places, *incident, deadline, |bench| {
                 layers::in_place::work(bench, findings)
@@ -643,6 +668,7 @@ fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Re
     let Some(store) = open_store(places)? else {
         return Ok(Answer::Tidied { done });
     };
+    done.extend(home::leave(&places.state_dir, &store)?);
     done.extend(collect_leftovers(places, &store, node, deadline)?);
     let limit = crate::space::limit_bytes(config, places)?;
     let spare_bytes = spare::size(node);

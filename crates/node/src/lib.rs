@@ -36,6 +36,7 @@ use host::run::Ids;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// The OpenClaw release that the facts in this room were measured on.
 pub const TESTED_OPENCLAW: &str = "2026.9.6";
@@ -222,6 +223,27 @@ impl Node {
         }
         found.sort();
         found
+    }
+
+    /// When an agent last wrote of what it does: its database, or a transcript. A turn at work writes. `None` when nothing
+    /// of it can be seen.
+    #[must_use]
+    pub fn last_turn(&self) -> Option<SystemTime> {
+        /// Transcripts of one agent that are looked at.
+        const TRANSCRIPTS_LIMIT: usize = 4_096;
+        let mut newest: Option<SystemTime> = None;
+        let mut see = |path: &Path| {
+            newest = newest.max(path.metadata().and_then(|m| m.modified()).ok());
+        };
+        for (agent, db) in self.agent_dbs() {
+            see(&db);
+            see(&db.with_extension("sqlite-wal"));
+            let sessions = self.state_dir.join("agents").join(agent).join("sessions");
+            for entry in std::fs::read_dir(sessions).into_iter().flatten().flatten().take(TRANSCRIPTS_LIMIT) {
+                see(&entry.path());
+            }
+        }
+        newest
     }
 
     /// The gateway's own log of today (or the newest there is), in the places where it may write it.

@@ -176,6 +176,10 @@ impl Daily {
         self.settled = false;
     }
 
+    pub(super) fn tidy_soon(&mut self, now: Moment) {
+        self.tidy_at = Some(now);
+    }
+
     pub(super) fn due(&self) -> Option<Moment> {
         let mut due = Vec::new();
         if self.job.is_none() {
@@ -614,8 +618,8 @@ impl Agent {
             }
         }
         self.due_beat(now);
-        // During a climb the machine belongs to the ladder.
-        if self.daily.job.is_some() || self.book.state().climb().is_some() {
+        // During a climb the machine belongs to the ladder, and a node on its way home is no picture of anything.
+        if self.daily.job.is_some() || self.book.state().climb().is_some() || self.home.busy() {
             return;
         }
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving() && j.confirmed);
@@ -733,7 +737,7 @@ impl Agent {
                 .all(|p| older(p))
     }
 
-    fn pressed(&self) -> bool {
+    pub(super) fn pressed(&self) -> bool {
         let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
         over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
     }

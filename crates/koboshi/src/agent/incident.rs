@@ -126,6 +126,9 @@ impl Agent {
         if self.errand.is_some_and(|errand| !errand.ordered) {
             return;
         }
+        if self.book.state().incident.is_none() && self.home_answers_for(&cause) {
+            return;
+        }
         if self.hands_off().is_some_and(|why| self.book.state().left_alone(&why)) {
             // Told once already; an agent that was started anew does not tell it again.
             return;
@@ -679,7 +682,7 @@ impl Agent {
     }
 
     /// The last good version, for layers that make the program anew.
-    fn version_to_install(&self) -> Option<String> {
+    pub(super) fn version_to_install(&self) -> Option<String> {
         let snapshot = self.exam.as_ref().and_then(|e| e.version.as_deref());
         reinstall::version(&self.node, Some(self.judge.baseline()), snapshot)
     }
@@ -699,7 +702,7 @@ impl Agent {
     }
 
     /// The node may run from elsewhere now, or from home again.
-    fn follow_move(&mut self) {
+    pub(super) fn follow_move(&mut self) {
         let now = match Moved::load(&self.places.state_dir) {
             Ok(Some(moved)) => moved.away,
             Ok(None) => return,

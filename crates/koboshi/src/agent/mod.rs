@@ -6,6 +6,7 @@
 
 pub mod book;
 mod daily;
+mod home;
 pub(crate) mod incident;
 mod notices;
 mod orders;
@@ -95,6 +96,7 @@ pub struct Agent {
     doing: Doing,
     step: Option<Running>,
     daily: Daily,
+    home: home::Homecoming,
     judgement: Option<Judgement>,
     /// Looks begun before this moment saw a node that no longer is.
     looks_from: Moment,
@@ -209,6 +211,7 @@ impl Agent {
             watch: Watch::new()?,
             users: UsersTrees::default(),
             daily: Daily::new(now),
+            home: home::Homecoming::default(),
             doing: Doing::Nothing,
             step: None,
             judgement: None,
@@ -284,12 +287,13 @@ impl Agent {
                 let _ = self.runner.containers.kill(&name, Deadline::after(runner::KILL_LIMIT));
             }
         }
+        self.home_begins();
         self.watch_files();
         self.follow_gateway();
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();
         let own = self.service.embedded() && self.errand.is_none();
-        if own && idle && !open && self.hands_off().is_none() {
+        if own && idle && !open && !self.home.busy() && self.hands_off().is_none() {
             self.start_embedded("koboshi guard began");
         } else if self.gateway.is_some() {
             self.say("the gateway runs already and is taken into care as it is");
@@ -359,6 +363,7 @@ impl Agent {
             self.drive();
             self.due_looks();
             self.due_jobs();
+            self.tend_home();
             self.tend_responder();
             self.publish();
             self.tell_manager();
@@ -387,7 +392,7 @@ impl Agent {
             engine: self.doing.until(now),
             undecided: self.doing == Doing::Nothing && self.book.state().incident.is_some(),
             exam: self.exam_due,
-            daily: self.daily.due(),
+            daily: self.daily.due().into_iter().chain(self.home.due()).min_by_key(|m| m.ms),
             responder: self.responder.again(now),
             unit: self.unit_stopped.is_some(),
             watchdog_ms: watchdog.map(|w| u64::try_from(w.as_millis()).unwrap_or(u64::MAX)),
@@ -397,6 +402,7 @@ impl Agent {
         let step = self.step.as_ref().map(|s| s.step.pidfd());
         let mut job = self.daily.fds();
         job.extend(self.responder.fd());
+        job.extend(self.home.fd());
         let mut fds: Vec<BorrowedFd<'_>> =
             vec![self.signals.as_fd(), self.prober.as_fd(), self.watch.as_fd()];
         let first = fds.len();
@@ -441,8 +447,16 @@ impl Agent {
             // The step may have held the unit down: nobody is left who would take that back.
             self.release_now();
         }
+        let down = self.home_stands_still();
         self.daily.end();
         self.end_responder();
+        if down && std::process::id() != 1 && !self.will.stopped {
+            // It was stopped for a move, and nobody is left who would start it.
+            self.release_now();
+            if let Err(e) = self.service.manager().start(Deadline::after(MANAGER_LIMIT)) {
+                self.say(&e.to_string());
+            }
+        }
         if std::process::id() == 1 {
             self.say("the container is being stopped: the gateway may drain");
             match self.service.manager().stop(DRAIN_LIMIT, Deadline::after(DRAIN_LIMIT + runner::KILL_LIMIT))
@@ -566,7 +580,7 @@ impl Agent {
         self.ending_unexplained = false;
         self.forget_the_process();
         let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
-        if climbing || self.will.stopped || self.ending {
+        if climbing || self.home.at_work() || self.will.stopped || self.ending {
             return;
         }
         let deadline = Deadline::after(MANAGER_LIMIT);
@@ -974,6 +988,7 @@ impl Agent {
             start_free_at: now.plus_ms(free_in_ms),
             settled: self.daily.settled(),
             trouble: self.daily.trouble(),
+            home: self.home.words(),
         }
     }
 }

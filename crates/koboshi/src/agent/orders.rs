@@ -72,6 +72,7 @@ impl Agent {
 
     fn stop_for_the_owner(&mut self, grace_s: u64) -> Result<String> {
         let limit = DRAIN_LIMIT + runner::KILL_LIMIT;
+        self.home_stands_still();
         self.will.stopped = true;
         self.will.by_stops = false;
         let saved = self.will.save(&self.places);

@@ -49,6 +49,9 @@ pub struct Status {
     pub settled: bool,
     /// The last problem with backups or the store, in one line.
     pub trouble: Option<String>,
+    /// How far a node that was displaced is on its way home, or what keeps it away.
+    #[serde(default)]
+    pub home: Option<String>,
 }
 
 /// The open incident.

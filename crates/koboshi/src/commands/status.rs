@@ -67,6 +67,9 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
             moved.away.prefix.display(),
             moved.home.prefix.display()
         ));
+        if let Some(words) = status.as_ref().and_then(|s| s.home.as_ref()) {
+            desk.printer.line(format!("           {words}"));
+        }
     }
     if let Some(why) = desk.hands_off() {
         desk.printer.line(format!("hands off  {why}"));
@@ -86,6 +89,7 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
         .put("manager", desk.manager(&node))
         .maybe("hands_off", desk.hands_off())
         .maybe("gateway_pid", node.gateway().map(|id| id.pid))
+        .maybe("return_home", status.as_ref().and_then(|s| s.home.clone()))
         .maybe("displaced_from", moved.map(|m| m.home.prefix.display().to_string()))
         .put("layers", readiness::json(&layers))
         .put("snapshots", kept_json(&kept))

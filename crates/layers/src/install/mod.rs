@@ -11,6 +11,7 @@
 //! settled.
 
 mod build;
+pub mod home;
 mod lock;
 mod moved;
 mod place;
@@ -72,9 +73,21 @@ pub fn work(bench: &mut Bench<'_>, target: &Node, order: &Order, hung: bool) -> 
     // What an earlier layer left in place after a bad verdict goes back first.
     take_back(&order.state_dir, bench.manager, bench.deadline, &mut report)?;
     let place = Place::of(target, order)?;
+    let ready = prepare(bench, target, order, &place, &mut report)?;
+    put(bench, target, order, &place, hung, ready, None, report)
+}
+
+/// A proven program beside the place of `target`'s.
+fn prepare(
+    bench: &Bench<'_>,
+    target: &Node,
+    order: &Order,
+    place: &Place,
+    report: &mut Report,
+) -> Result<Ready> {
     if let Some(tree) = old_tree(bench, target) {
         report.did(format!("{} is the whole last good program: no need to fetch it", tree.display()));
-        return put(bench, target, order, &place, hung, Ready { program: tree, runtime: None }, report);
+        return Ok(Ready { program: tree, runtime: None });
     }
     let registry = Registry::from_env(place.rc_home.as_deref(), &[])?;
     let package = registry.resolve(
@@ -103,8 +116,7 @@ pub fn work(bench: &mut Bench<'_>, target: &Node, order: &Order, hung: bool) -> 
         .hint("the registry or something on the way serves another package under this name"));
     }
     let base = place.base(order)?;
-    let outcome = build::build(bench, target, order, &place, &base, &registry, &package, &mut report);
-    let outcome = outcome.and_then(|ready| put(bench, target, order, &place, hung, ready, report));
+    let outcome = build::build(bench, target, order, place, &base, &registry, &package, report);
     // Hundreds of megabytes; what cannot be removed is found and removed by the next one.
     let _ = std::fs::remove_dir_all(&base);
     outcome
@@ -135,7 +147,9 @@ fn old_tree(bench: &Bench<'_>, target: &Node) -> Option<PathBuf> {
         })
 }
 
-/// Stops the gateway and puts what stands ready in place.
+/// Stops the gateway and puts what stands ready in place. `back_to`: the node is on trial there, and this is where it goes
+/// back to.
+#[allow(clippy::too_many_arguments, reason = "the same few things that everything here is about")]
 fn put(
     bench: &mut Bench<'_>,
     target: &Node,
@@ -143,6 +157,7 @@ fn put(
     place: &Place,
     hung: bool,
     ready: Ready,
+    back_to: Option<Node>,
     mut report: Report,
 ) -> Result<Report> {
     let target = &if ready.runtime.is_some() { moved::with_own_runtime(target) } else { target.clone() };
@@ -180,10 +195,14 @@ fn put(
     for left in node::update::staging(target) {
         switch::aside(order, place, &left, &mut report);
     }
-    let home = Moved::load(&order.state_dir)?.map_or_else(|| bench.node.clone(), |m| m.home);
+    let was = Moved::load(&order.state_dir)?;
+    // A layer's exchange is judged by its climb: what it left is only to be cleared away.
+    let left = was.as_ref().filter(|m| m.displaced() && back_to.is_none()).map(|m| m.away.clone());
+    let left = left.filter(|left| left.package_dir != target.package_dir);
+    let home = was.map_or_else(|| bench.node.clone(), |m| m.home);
     serve(&home, target, &order.state_dir, &mut report)?;
     if target != bench.node {
-        Moved { home, away: target.clone() }.save(&order.state_dir)?;
+        Moved { home, away: target.clone(), back_to, left }.save(&order.state_dir)?;
     }
     bench.manager.reload(bench.deadline)?;
     bench.manager.clear_latch(bench.deadline)?;

@@ -14,6 +14,12 @@ pub struct Moved {
     pub home: Node,
     /// As it runs now.
     pub away: Node,
+    /// It moved home and is on trial there: where it goes back to if it does not serve.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub back_to: Option<Node>,
+    /// It is home, and this is where it was meanwhile: given up once a trusted snapshot holds it at home.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Node>,
 }
 
 fn file(state_dir: &Path) -> PathBuf {
@@ -33,6 +39,11 @@ impl Moved {
             Err(e) if e.kind == Kind::NotFound => Ok(None),
             Err(e) => Err(e),
         }
+    }
+
+    /// The node is where it is, and nothing is left to be done about it.
+    pub(super) fn at(home: Node, away: Node) -> Moved {
+        Moved { home, away, back_to: None, left: None }
     }
 
     /// Whether the program lies elsewhere, and not only its runtime.

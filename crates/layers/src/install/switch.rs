@@ -138,7 +138,7 @@ pub fn take_back(
     if pending.before != pending.after {
         let home = Moved::load(state_dir)?.map_or_else(|| pending.before.clone(), |m| m.home);
         super::serve(&home, &pending.before, state_dir, report)?;
-        Moved { home, away: pending.before.clone() }.save(state_dir)?;
+        Moved::at(home, pending.before.clone()).save(state_dir)?;
         manager.reload(deadline)?;
     }
     Proof::forget(state_dir)?;

@@ -14,6 +14,9 @@ const CLIMB: Duration = Duration::from_secs(600);
 /// An incident is closed once the node was confirmed for some seconds.
 const CLOSE: Duration = Duration::from_secs(120);
 
+/// Settling, a start that is far enough back, building beside a gateway that serves, a quiet moment, and the trial.
+const HOME: Duration = Duration::from_secs(1_500);
+
 /// A serving node with a settled koboshi.
 fn guarded(play: &mut Play, koboshi: Koboshi, unit: Unit) -> Result<(Host, Before), String> {
     let host = play.node("n1", unit)?;
@@ -105,7 +108,52 @@ pub(super) fn displaced(play: &mut Play) -> Result<(), String> {
         play.claim(host.gateways()?.len() == 1, "it comes up after a reboot, once", || {
             "it does not".to_owned()
         });
-        Ok(())
+        home_again(play, claw, &host)
     })();
     kept(play, &host, result)
+}
+
+/// The way home can be gone again: first to a home where it does not start, then to one where it does.
+fn home_again(play: &mut Play, claw: Koboshi, host: &Host) -> Result<(), String> {
+    let dir = "/home/claw/.config/systemd/user/openclaw-gateway.service.d";
+    let asks = |host: &Host| claw.ask(host, "status").unwrap_or_default();
+    let incidents = claw.incidents(host)?.len();
+    // A unit that starts only with the drop-in that leads away: nothing that a look at the disk could know.
+    host.claw_must(&format!(
+        "printf '[Service]\nExecStartPre=/bin/sh -c \"test -e {dir}/95-koboshi-program.conf\"\n' > {dir}/50-lab.conf && \
+         systemctl --user daemon-reload"
+    ))?;
+    let before = Before::take(host)?;
+    host.must("chown claw: /home/claw/.npm-global/lib /home/claw/.npm-global/lib/node_modules")?;
+    claw.wait(host, HOME, "a trial at home that failed", |s| s["home"] == "it did not serve there")?;
+    before.righted(play, host, "did not serve at home", START)?;
+    let status = asks(host);
+    play.claim(status["displaced_from"] == "/home/claw/.npm-global", "it is away as before", || {
+        status.to_string()
+    });
+    // Another agent knows nothing of the failure and tries again.
+    host.claw_must(&format!("rm {dir}/50-lab.conf && systemctl --user daemon-reload"))?;
+    let before = Before::take(host)?;
+    host.claw_must("systemctl --user restart koboshi.service")?;
+    let away = "/home/claw/.local/share/koboshi/prefix";
+    claw.wait(host, HOME, "a node at home", |s| {
+        s["home"].is_null() && !asks(host)["displaced_from"].is_string()
+    })?;
+    before.righted(play, host, "home again", START)?;
+    let exec = host.unit(Unit::User, "ExecStart")?;
+    play.claim(exec.contains(Unit::User.package()), "its unit starts the program at home", || exec.clone());
+    let owner = host.must(&format!("stat -c %U {}/package.json", Unit::User.package()))?;
+    play.claim(owner == "claw", "which belongs to its user", || owner.clone());
+    let now = claw.incidents(host)?.len();
+    play.claim(now == incidents, "none of it was an incident", || format!("{incidents} before, {now} now"));
+    claw.settled(host)?;
+    let gone = host.must(&format!(
+        "for n in $(seq 120); do test -e {away} || break; sleep 1; done; ls -d {away} | wc -l"
+    ))?;
+    play.claim(gone == "0", "what it ran from meanwhile is gone once it has settled at home", || {
+        gone.clone()
+    });
+    let hello = judge::serves_within(host, START);
+    play.expect(hello, "and it serves on");
+    Ok(())
 }

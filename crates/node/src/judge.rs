@@ -854,11 +854,12 @@ impl Judge {
         }
     }
 
-    fn hung(&self, timer: &Timer, look: &Look) -> Option<String> {
-        let limits = &self.limits;
-        let lasted = elapsed(look, timer.since);
-        let in_turn = self.hello.as_ref().is_some_and(|(_, _, r)| match r {
-            HelloResult::Ok(hello) => hello.active_work.is_some_and(|n| n > 0),
+    /// Turns, cron runs and writes that a stop would wait for, as the gateway said at its last hello. `None` where it says
+    /// nothing of it.
+    #[must_use]
+    pub fn active_work(&self) -> Option<u64> {
+        self.hello.as_ref().and_then(|(_, _, r)| match r {
+            HelloResult::Ok(hello) => hello.active_work,
             HelloResult::TokenRefused
             | HelloResult::Refused { .. }
             | HelloResult::NotYet { .. }
@@ -866,8 +867,14 @@ impl Judge {
             | HelloResult::TimedOut
             | HelloResult::Garbage { .. }
             | HelloResult::NoToken
-            | HelloResult::OurSide { .. } => false,
-        }) || look.known_turn;
+            | HelloResult::OurSide { .. } => None,
+        })
+    }
+
+    fn hung(&self, timer: &Timer, look: &Look) -> Option<String> {
+        let limits = &self.limits;
+        let lasted = elapsed(look, timer.since);
+        let in_turn = self.active_work().is_some_and(|n| n > 0) || look.known_turn;
         if in_turn {
             return (lasted >= limits.turn_ms)
                 .then(|| format!("for {} s, a turn being under way", lasted / 1000));

@@ -129,6 +129,8 @@ struct Moves {
     settled: bool,
     /// The last start of the gateway by anybody, as long ago.
     last_start_ms: Option<u64>,
+    /// What the gateway says of work that a stop would wait for, where it says anything.
+    active_work: Option<u64>,
     /// A turn wrote something this long ago, where that can be seen.
     last_turn_s: Option<u64>,
     waited_ms: u64,
@@ -160,7 +162,8 @@ impl Moves {
         if self.last_start_ms.is_some_and(|ms| ms < QUIET_STARTS_MS) {
             return Err("it was started a short while ago, and starts are rationed".to_owned());
         }
-        if self.last_turn_s.is_some_and(|s| s < IDLE_S) && self.waited_ms < PATIENCE_MS {
+        let turn = self.active_work.is_some_and(|n| n > 0) || self.last_turn_s.is_some_and(|s| s < IDLE_S);
+        if turn && self.waited_ms < PATIENCE_MS {
             return Err("a turn is at work".to_owned());
         }
         Ok(())
@@ -226,6 +229,7 @@ impl Agent {
             incident: state.incident.is_some(),
             settled: self.served_ms(now) >= self.config.backup.settle_s.saturating_mul(1000) && self.daily.settled(),
             last_start_ms: state.starts_ms.iter().max().map(|at| t.saturating_sub(*at)),
+            active_work: self.judge.active_work(),
             last_turn_s,
             waited_ms: self.home.ready_since.and_then(|at| now.since_ms(at)).unwrap_or(0),
             pressed: self.pressed(),
@@ -503,6 +507,7 @@ mod tests {
             incident: false,
             settled: true,
             last_start_ms: Some(QUIET_STARTS_MS),
+            active_work: Some(0),
             last_turn_s: Some(IDLE_S),
             waited_ms: 0,
             pressed: false,
@@ -512,7 +517,7 @@ mod tests {
     #[test]
     fn it_moves_only_when_nothing_at_all_speaks_against_it() {
         assert_eq!((quiet().stage(), quiet().stop()), (Ok(()), Ok(())));
-        let unknown = Moves { last_start_ms: None, last_turn_s: None, ..quiet() };
+        let unknown = Moves { last_start_ms: None, active_work: None, last_turn_s: None, ..quiet() };
         assert_eq!(unknown.stop(), Ok(()), "where turns cannot be seen it is as idle as it looks");
         let against: [(Moves, &str); 5] = [
             (Moves { wanted: Err("its prefix is root's".into()), ..quiet() }, "root's"),
@@ -531,6 +536,7 @@ mod tests {
             young.stage().is_ok() && young.stop().is_err(),
             "the start back must be within the ration too"
         );
+        assert!(Moves { active_work: Some(1), ..quiet() }.stop().is_err());
         let turn = Moves { last_turn_s: Some(IDLE_S - 1), ..quiet() };
         assert!(turn.stage().is_ok() && turn.stop().is_err());
         assert!(

@@ -177,7 +177,7 @@ fn past(now: Moment, at: Moment) -> bool {
 impl Agent {
     /// What an agent that died left on its way home.
     pub(super) fn home_begins(&mut self) {
-        if home::on_trial(&self.places.state_dir).is_none() {
+        if self.errand.is_some() || home::on_trial(&self.places.state_dir).is_none() {
             return;
         }
         self.say("the node is on trial at home");
@@ -391,6 +391,9 @@ impl Agent {
     /// A start of this job's, within the ration; what cannot be started is an incident.
     fn start_where_it_is(&mut self, why: &str) {
         let now = clock::now();
+        if self.will.stopped {
+            return;
+        }
         let state = self.book.state();
         let t = state.time_ms(now);
         if state.start_free_ms(t) > t {
@@ -398,7 +401,12 @@ impl Agent {
             return;
         }
         self.write(Record::new(now, Event::StartSeen { by: why.to_owned() }));
-        match self.service.manager().start(Deadline::after(MANAGER_LIMIT)) {
+        let mut asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+        if asked.is_err() && self.service.look(Deadline::after(MANAGER_LIMIT)).held {
+            self.release_now();
+            asked = self.service.manager().start(Deadline::after(MANAGER_LIMIT));
+        }
+        match asked {
             Ok(()) => self.started(now),
             Err(e) => {
                 self.say(&e.to_string());

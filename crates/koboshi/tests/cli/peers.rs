@@ -267,7 +267,7 @@ fn a_version_never_proven_here_needs_two_that_agree_or_one_that_is_trusted_as_ro
     if !root() {
         return;
     }
-    let (sshd, one, two) = (Sshd::start(), accepted(), accepted());
+    let (sshd, another, one, two) = (Sshd::start(), Sshd::start(), accepted(), accepted());
     let (a, b) = (donate(&one), donate(&two));
     // A node each, of which nothing is remembered: a failed climb stays open.
     let forgotten = |peers: &[String]| {
@@ -283,17 +283,21 @@ fn a_version_never_proven_here_needs_two_that_agree_or_one_that_is_trusted_as_ro
     copy(&fake).code(1).says("a second donor must agree");
     assert!(!fake.package().exists());
 
+    // Two nodes behind one host key are one witness.
     let fake = forgotten(&[sshd.peer("a2", &a, ""), sshd.peer("b2", &b, "")]);
+    copy(&fake).code(1).says("a second donor must agree");
+
+    let fake = forgotten(&[sshd.peer("a5", &a, ""), another.peer("b5", &b, "")]);
     copy(&fake).code(0).says("agree on every byte");
     assert!(index(&fake).starts_with("// dist/index.js"));
 
     // Two that do not agree.
     std::fs::write(two.package().join("dist/index.js"), "// other\n").unwrap();
     two.koboshi(&["accept"]).code(0);
-    let fake = forgotten(&[sshd.peer("a3", &a, ""), sshd.peer("b3", &b, "")]);
+    let fake = forgotten(&[sshd.peer("a3", &a, ""), another.peer("b3", &b, "")]);
     copy(&fake).code(1).says("no donor's program may be used here");
 
-    let fake = forgotten(&[sshd.peer("a4", &a, ""), sshd.peer("b4", &b, "trusted = true")]);
+    let fake = forgotten(&[sshd.peer("a4", &a, ""), another.peer("b4", &b, "trusted = true")]);
     copy(&fake).code(0).says("is trusted for a version that was never proven here");
     assert_eq!(index(&fake), "// other\n");
 }

@@ -197,7 +197,10 @@ fn put(
     }
     let was = Moved::load(&order.state_dir)?;
     // A layer's exchange is judged by its climb: what it left is only to be cleared away.
-    let left = was.as_ref().filter(|m| m.displaced() && back_to.is_none()).map(|m| m.away.clone());
+    let left = was.as_ref().filter(|_| back_to.is_none()).and_then(|m| match m.displaced() {
+        true => Some(m.away.clone()),
+        false => m.left.clone().or_else(|| m.back_to.clone()),
+    });
     let left = left.filter(|left| left.package_dir != target.package_dir);
     let home = was.map_or_else(|| bench.node.clone(), |m| m.home);
     serve(&home, target, &order.state_dir, &mut report)?;

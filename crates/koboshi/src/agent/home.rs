@@ -248,7 +248,8 @@ impl Agent {
         if let Some(why) = self.config.ladder.refuses(Layer::SystemInstall) {
             return Err(why);
         }
-        if self.node != moved.away {
+        // Its version may have moved on, and its port is the configuration's.
+        if self.node.package_dir != moved.away.package_dir {
             return Err("the node is not where koboshi had put it".to_owned());
         }
         if crate::sudo::needed(&moved.home, &self.places) {

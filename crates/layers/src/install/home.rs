@@ -85,7 +85,9 @@ fn displaced(node: &Node, state_dir: &Path) -> Result<Moved> {
     let refuse = |why: &str| Err(Error::new(Kind::NotFound, "bring the node home", why));
     match Moved::load(state_dir)?.filter(Moved::displaced) {
         None => refuse("it is at home"),
-        Some(moved) if moved.away != *node => refuse("it is not where koboshi had put it"),
+        Some(moved) if moved.away.package_dir != node.package_dir => {
+            refuse("it is not where koboshi had put it")
+        }
         Some(moved) => Ok(moved),
     }
 }
@@ -404,7 +406,7 @@ mod tests {
     fn a_stage_that_was_touched_or_a_node_that_is_elsewhere_stops_nothing() {
         let mut scene = Scene::new();
         let (home, away) = (scene.home.clone(), scene.away.clone());
-        let elsewhere = Node { port: 2, ..away.clone() };
+        let elsewhere = Node { package_dir: "/elsewhere".into(), ..away.clone() };
         assert!(scene.bench(&elsewhere, go).is_err());
         write(&home.prefix.join("lib/.koboshi-install/program/dist/index.js"), "evil");
         let refused = scene.bench(&away, go).unwrap_err();

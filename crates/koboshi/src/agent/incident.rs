@@ -1045,3 +1045,25 @@ pub(crate) fn keeps_from_starting(finding: &Finding) -> bool {
         | FaultKind::Notice => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_look_after_a_layer_leaves_time_for_the_start_that_follows_it() {
+        /// Killing the container and asking for the start.
+        const BESIDE: Duration = Duration::from_secs(10);
+        for layer in Layer::CLIMB {
+            let start = Duration::from_millis(Rung::new(layer, Ok(()), 0).start_least_ms);
+            assert!(claim_limit(layer) + BESIDE <= start, "{layer}");
+        }
+    }
+
+    #[test]
+    fn every_layer_that_puts_a_program_in_place_has_its_hold_taken_back() {
+        for layer in Layer::CLIMB {
+            assert_eq!(holds(layer), layer != Layer::Restart, "{layer}");
+        }
+    }
+}

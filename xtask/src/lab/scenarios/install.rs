@@ -148,7 +148,7 @@ fn home_again(play: &mut Play, claw: Koboshi, host: &Host) -> Result<(), String>
     play.claim(now == incidents, "none of it was an incident", || format!("{incidents} before, {now} now"));
     claw.settled(host)?;
     let gone = host.must(&format!(
-        "for n in $(seq 120); do test -e {away} || break; sleep 1; done; ls -d {away} | wc -l"
+        "for n in $(seq 60); do test -e {away} || break; sleep 1; done; ls -d {away} | wc -l"
     ))?;
     play.claim(gone == "0", "what it ran from meanwhile is gone once it has settled at home", || {
         gone.clone()

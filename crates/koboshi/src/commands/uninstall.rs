@@ -133,6 +133,7 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
                 "moved.json",
                 "tools",
                 "nodes",
+                "home.json",
             ];
             made.iter().any(|p| name.starts_with(p))
         };

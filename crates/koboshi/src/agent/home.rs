@@ -227,7 +227,8 @@ impl Agent {
             wanted: self.may_live_at(&moved),
             hands_off: self.hands_off(),
             incident: state.incident.is_some(),
-            settled: self.served_ms(now) >= self.config.backup.settle_s.saturating_mul(1000) && self.daily.settled(),
+            settled: self.served_ms(now) >= self.config.backup.settle_s.saturating_mul(1000)
+                && self.daily.settled(),
             last_start_ms: state.starts_ms.iter().max().map(|at| t.saturating_sub(*at)),
             active_work: self.judge.active_work(),
             last_turn_s,

@@ -13,7 +13,7 @@ use crate::trees;
 use crate::{Bench, Report, quiet, user_install};
 use engine::Class;
 use host::clock::Deadline;
-use host::run::as_user;
+use host::user::as_user;
 use host::{Error, Kind, Result, files};
 use node::Node;
 use node::roots::resolved;

@@ -51,7 +51,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ),
     full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
     full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),
-    full(
+    ci(
         "user-install",
         "installing and uninstalling change no byte of a serving node, and no process",
         systemd::install,

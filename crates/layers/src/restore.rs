@@ -993,4 +993,63 @@ mod tests {
         // The other workspace is whole: what its owner deleted there stays deleted.
         assert!(!choice.wants(&info, &difference("workspace-1", DifferenceKind::Missing)));
     }
+
+    /// A node's state directory with something in every root, in a trusted snapshot.
+    fn remembered_state(dir: &Path, node: &Node) -> Store {
+        let s = &node.state_dir;
+        for file in [
+            "openclaw.json",
+            "state/other.json",
+            "agents/main/agent/notes.json",
+            "agents/main/sessions/chat.jsonl",
+            "credentials/x.json",
+            "workspace/MEMORY.md",
+            "extensions/mine.js",
+        ] {
+            std::fs::create_dir_all(s.join(file).parent().unwrap()).unwrap();
+            std::fs::write(s.join(file), r#"{"gateway":{"mode":"local","auth":{"token":"t"}}}"#).unwrap();
+        }
+        let store = Store::open_or_create(&dir.join("store"), &dir.join("keys/key")).unwrap();
+        let users: Vec<Class> = Class::ALL.into_iter().filter(|c| !c.converges()).collect();
+        let roots: Vec<store::Root> =
+            node::roots::roots(node).into_iter().filter(|r| users.contains(&r.class)).collect();
+        let request = store::Request {
+            roots: &roots,
+            classes: &users,
+            note: "",
+            version: Some("1"),
+            node: serde_json::Value::Null,
+            baseline: serde_json::Value::Null,
+        };
+        let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+        let id = store.snapshot(&request, &mut |_| {}, deadline).unwrap().id;
+        store.set_trust(&id, store::Trust::Good).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_state_directory_that_is_gone_comes_back_with_all_that_was_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        let mut report = Report::default();
+        let done = repair(&mut bench, &Choice::of(&node, &findings), &mut report);
+        for file in [
+            "openclaw.json",
+            "extensions/mine.js",
+            "state/other.json",
+            "agents/main/sessions/chat.jsonl",
+            "credentials/x.json",
+            "workspace/MEMORY.md",
+        ] {
+            assert!(node.state_dir.join(file).is_file(), "{file} is not back: {done:?} {report:?}");
+        }
+        done.unwrap();
+    }
 }

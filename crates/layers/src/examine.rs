@@ -175,6 +175,7 @@ pub fn examine(
             });
         }
     }
+    findings.extend(trusted.as_ref().and_then(|t| credentials_gone(node, t)));
     let rescue = findings.iter().any(of_databases) && node::salvage::held(node);
     only_what_can_be_mended(node, store, trusted.as_ref(), rescue, &mut findings, deadline);
     let being_replaced = |f: &&Finding| unknown.is_some() && f.class.is_some_and(Class::converges);
@@ -204,6 +205,26 @@ pub fn examine(
 fn unusable(e: &host::Error) -> Finding {
     let what = format!("the store cannot be used: {}", e.why);
     Finding { kind: FaultKind::Notice, class: None, what, evidence: vec![e.what.clone()] }
+}
+
+/// Credentials that the snapshot holds and that are gone. An empty directory is damage only where there were several: an
+/// owner who logs the only channel out leaves one.
+fn credentials_gone(node: &Node, trusted: &SnapshotInfo) -> Option<Finding> {
+    let held = trusted.classes.get(&Class::Credentials)?.files;
+    if !node.state_dir.is_dir() {
+        // Missing with everything else, which is a finding of its own.
+        return None;
+    }
+    let roots = trusted.roots.iter().filter(|r| r.class == Class::Credentials);
+    let what = roots.map(|r| &r.path).find_map(|path| match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && held > 0 => {
+            Some(format!("{} is missing", path.display()))
+        }
+        Ok(_) if held > 1 && crate::restore::is_void(path) => Some(format!("{} is empty", path.display())),
+        Ok(_) | Err(_) => None,
+    })?;
+    let class = Some(Class::Credentials);
+    Some(Finding { kind: FaultKind::RootMissing, class, what, evidence: Vec::new() })
 }
 
 /// What may mean that a database is gone or another one.

@@ -24,10 +24,6 @@ const NEEDS: std::time::Duration = std::time::Duration::from_secs(30);
 /// Snapshots tried before the layer gives up: each costs a compare.
 const MAX_SNAPSHOTS: usize = 5;
 
-/// The root of everything in the state directory that has no root of its own: many small things of many owners, which
-/// never vanish together unless the root itself does.
-const SCATTERED: &str = "state-rest";
-
 /// What the findings allow to be touched.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Choice {
@@ -41,6 +37,11 @@ pub struct Choice {
     pub databases: BTreeSet<PathBuf>,
     /// Databases that were rescued from a living gateway: newer than any snapshot, not to be touched again.
     pub kept: BTreeSet<PathBuf>,
+    /// Agents' databases that are gone, whichever they are: the node remembers none of its sessions.
+    pub agents: bool,
+    /// Roots that were gone or emptied before anything was done about it: a rescued database makes its directory again, and
+    /// so may a gateway that ends.
+    pub void: BTreeSet<PathBuf>,
     /// Every byte is to be hashed: a stat sweep found nothing, and still it does not start.
     pub thorough: bool,
     /// The gateway runs meanwhile: no program of another version may be put under it.
@@ -83,6 +84,7 @@ impl Choice {
                 }
                 self.databases.extend(named(finding));
             }
+            FaultKind::Amnesia if finding.class == Some(Class::Sessions) => self.agents = true,
             FaultKind::DatabaseCorrupt | FaultKind::Amnesia => {
                 if finding.class == Some(Class::State) {
                     self.databases.insert(resolved(&node.state_db()));
@@ -105,7 +107,12 @@ impl Choice {
     /// Whether there is nothing to put right.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.converge.is_empty() && !self.config && self.missing.is_empty() && self.databases.is_empty()
+        self.converge.is_empty() && !self.config && !self.of_users()
+    }
+
+    /// Whether something of the user's is to come back.
+    fn of_users(&self) -> bool {
+        self.agents || !self.missing.is_empty() || !self.databases.is_empty()
     }
 
     /// The next wider scope, when the first one started nothing: every byte of what converges, and the config.
@@ -124,6 +131,9 @@ impl Choice {
         classes.extend(&self.missing);
         if !self.databases.is_empty() {
             classes.extend([Class::State, Class::Sessions]);
+        }
+        if self.agents {
+            classes.insert(Class::Sessions);
         }
         classes.into_iter().collect()
     }
@@ -144,21 +154,56 @@ impl Choice {
         if path.as_ref().is_some_and(|p| self.databases.contains(p)) {
             return back_to_what_was(difference.kind);
         }
+        if self.agents && difference.class == Class::Sessions && leads_to_a_database(difference) {
+            return true;
+        }
         // A single missing file in a tree that is otherwise there is the user's own deletion, also when another tree of
         // the same class is gone.
-        let scattered = difference.root == SCATTERED && !difference.path.as_os_str().is_empty();
-        self.missing.contains(&difference.class)
-            && !scattered
-            && root.is_some_and(|r| is_void(&r.path))
-            && matches!(
-                difference.kind,
-                DifferenceKind::Missing | DifferenceKind::Emptied | DifferenceKind::KindChanged
-            )
+        let void = root.is_some_and(|r| self.void.contains(&r.path) || is_void(&r.path));
+        let again = match difference.kind {
+            DifferenceKind::Missing | DifferenceKind::Emptied | DifferenceKind::KindChanged => true,
+            // Nobody but an ending gateway can have begun it anew in a root that was gone.
+            DifferenceKind::Changed => is_database(&difference.path),
+            DifferenceKind::Extra
+            | DifferenceKind::ModeOrOwner
+            | DifferenceKind::Attributes
+            | DifferenceKind::HardLinked
+            | DifferenceKind::LinkTarget
+            | DifferenceKind::TooMany => false,
+        };
+        self.missing.contains(&difference.class) && void && again
+    }
+}
+
+fn is_database(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "sqlite")
+}
+
+/// Whether an agent's database is gone by this: itself, or a directory on the way to it
+/// (`<agent>/agent/openclaw-agent.sqlite`).
+fn leads_to_a_database(difference: &Difference) -> bool {
+    let parts: Vec<_> = difference.path.iter().collect();
+    let on_the_way = match parts.as_slice() {
+        [] | [_] => true,
+        [_, dir] => *dir == "agent",
+        [..] => false,
+    };
+    match difference.kind {
+        DifferenceKind::Missing => on_the_way || is_database(&difference.path),
+        DifferenceKind::Emptied => is_database(&difference.path),
+        DifferenceKind::Changed
+        | DifferenceKind::Extra
+        | DifferenceKind::ModeOrOwner
+        | DifferenceKind::Attributes
+        | DifferenceKind::HardLinked
+        | DifferenceKind::KindChanged
+        | DifferenceKind::LinkTarget
+        | DifferenceKind::TooMany => false,
     }
 }
 
 /// Whether a root is gone or emptied. An empty repository left behind counts as empty.
-fn is_void(root: &Path) -> bool {
+pub(crate) fn is_void(root: &Path) -> bool {
     match std::fs::symlink_metadata(root) {
         Ok(meta) if meta.is_dir() => {
             std::fs::read_dir(root).is_ok_and(|entries| entries.flatten().all(|e| e.file_name() == ".git"))
@@ -204,6 +249,7 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     if wider || choice.is_empty() {
         choice = choice.widened();
     }
+    choice.void = void_now(bench, &choice);
     // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
     let mut saved = save_open_databases(bench, &choice, &mut report)?;
     quiet::hold(bench, &mut report);
@@ -233,6 +279,36 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     Ok(report)
 }
 
+/// The roots of the trusted snapshots that are gone or emptied, and those of which an earlier try of this incident found
+/// that: killed in the middle, it may have left half of one.
+fn void_now(bench: &Bench<'_>, choice: &Choice) -> BTreeSet<PathBuf> {
+    /// A node has few roots, a path has few bytes.
+    const LIMIT_BYTES: u64 = 1 << 20;
+    if choice.missing.is_empty() {
+        return BTreeSet::new();
+    }
+    let note = bench.quarantine.join("void");
+    let mut void: BTreeSet<PathBuf> = host::files::read_bounded(&note, LIMIT_BYTES)
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .filter(|path| !path.is_empty())
+        .map(|path| PathBuf::from(std::ffi::OsStr::from_bytes(path)))
+        .collect();
+    // A store that cannot be read is told by the repair.
+    let trusted = bench.store.and_then(|s| trusted_newest_first(s).ok()).unwrap_or_default();
+    let roots = trusted.iter().take(MAX_SNAPSHOTS).flat_map(|info| &info.roots);
+    let gone = roots.filter(|r| !r.class.converges() && is_void(&r.path)).map(|r| r.path.clone());
+    let before = void.len();
+    void.extend(gone);
+    if void.len() > before {
+        let all: Vec<&[u8]> = void.iter().map(|p| p.as_os_str().as_bytes()).collect();
+        // Only a try that is killed misses it.
+        let _ = std::fs::create_dir_all(&bench.quarantine);
+        let _ = host::files::write_atomic(&note, &all.join(&0), 0o600);
+    }
+    void
+}
+
 /// A database rescued from a living gateway: where its bytes lie now, and where they belong.
 struct Saved {
     copy: PathBuf,
@@ -250,7 +326,8 @@ const MAX_RESCUES: u32 = 1_000;
 /// Saves what only the gateway's open descriptors still hold. An error refuses the repair: the gateway's end would be
 /// the end of these bytes.
 fn save_open_databases(bench: &Bench<'_>, choice: &Choice, report: &mut Report) -> Result<Vec<Saved>> {
-    let concerned = choice.missing.contains(&Class::State)
+    let concerned = choice.agents
+        || choice.missing.contains(&Class::State)
         || choice.missing.contains(&Class::Sessions)
         || !choice.databases.is_empty();
     let Some(gateway) = bench.node.gateway().filter(|_| concerned) else {
@@ -317,6 +394,7 @@ fn left_by_an_earlier_try(bench: &Bench<'_>, choice: &Choice, saved: &[Saved]) -
         let live = PathBuf::from(std::ffi::OsStr::from_bytes(&bytes));
         let copy = note.with_extension("");
         let wanted = choice.databases.contains(&live)
+            || choice.agents
             || choice.missing.contains(&Class::State)
             || choice.missing.contains(&Class::Sessions);
         let known = saved.iter().chain(&left).any(|s| s.live == live || s.copy == copy);
@@ -992,5 +1070,192 @@ mod tests {
         }
         // The other workspace is whole: what its owner deleted there stays deleted.
         assert!(!choice.wants(&info, &difference("workspace-1", DifferenceKind::Missing)));
+    }
+
+    /// A node's state directory with something in every root, in a trusted snapshot.
+    fn remembered_state(dir: &Path, node: &Node) -> Store {
+        let s = &node.state_dir;
+        for file in [
+            "openclaw.json",
+            "state/other.json",
+            "agents/main/agent/notes.json",
+            "agents/main/sessions/chat.jsonl",
+            "credentials/x.json",
+            "workspace/MEMORY.md",
+            "extensions/mine.js",
+        ] {
+            std::fs::create_dir_all(s.join(file).parent().unwrap()).unwrap();
+            std::fs::write(s.join(file), r#"{"gateway":{"mode":"local","auth":{"token":"t"}}}"#).unwrap();
+        }
+        let store = Store::open_or_create(&dir.join("store"), &dir.join("keys/key")).unwrap();
+        let users: Vec<Class> = Class::ALL.into_iter().filter(|c| !c.converges()).collect();
+        let roots: Vec<store::Root> =
+            node::roots::roots(node).into_iter().filter(|r| users.contains(&r.class)).collect();
+        let request = store::Request {
+            roots: &roots,
+            classes: &users,
+            note: "",
+            version: Some("1"),
+            node: serde_json::Value::Null,
+            baseline: serde_json::Value::Null,
+        };
+        let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+        let id = store.snapshot(&request, &mut |_| {}, deadline).unwrap().id;
+        store.set_trust(&id, store::Trust::Good).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_state_directory_that_is_gone_comes_back_with_all_that_was_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        let mut report = Report::default();
+        let done = repair(&mut bench, &Choice::of(&node, &findings), &mut report);
+        for file in [
+            "openclaw.json",
+            "extensions/mine.js",
+            "state/other.json",
+            "agents/main/sessions/chat.jsonl",
+            "credentials/x.json",
+            "workspace/MEMORY.md",
+        ] {
+            assert!(node.state_dir.join(file).is_file(), "{file} is not back: {done:?} {report:?}");
+        }
+        done.unwrap();
+    }
+
+    #[test]
+    fn transcripts_come_back_beside_a_database_that_was_rescued() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let store = remembered_state(&dir, &node);
+        // `rm -rf agents` under a running gateway: its open database was saved, as the step does first of all.
+        std::fs::remove_dir_all(node.state_dir.join("agents")).unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let saved = bench.quarantine.join("salvaged/1");
+        std::fs::create_dir_all(&saved).unwrap();
+        let copy = saved.join("0-openclaw-agent.sqlite");
+        std::fs::write(&copy, b"the newest rows").unwrap();
+        let live = node.state_dir.join("agents/main/agent/openclaw-agent.sqlite");
+        std::fs::write(beside(&copy, BELONGS), live.as_os_str().as_bytes()).unwrap();
+        let findings = [finding(FaultKind::RootMissing, Some(Class::Sessions), &[])];
+        let report = work(&mut bench, &findings, false, false).unwrap();
+        assert_eq!(std::fs::read(&live).unwrap(), b"the newest rows");
+        let chat = node.state_dir.join("agents/main/sessions/chat.jsonl");
+        assert!(chat.is_file(), "the snapshot holds it and it is not put back: {report:?}");
+    }
+
+    #[test]
+    fn credentials_that_are_gone_as_a_whole_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_dir_all(node.state_dir.join("credentials")).unwrap();
+        let known = Baseline { device_id: Some("x".into()), ..Baseline::default() };
+        let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+        let exam =
+            crate::examine(&node, Some(&store), Some(&known), None, crate::Care::Down, deadline).unwrap();
+        let gone = |f: &&Finding| f.kind == FaultKind::RootMissing && f.class == Some(Class::Credentials);
+        assert!(exam.findings.iter().any(|f| gone(&f)), "{:?}", exam.findings);
+    }
+
+    /// What a look finds of credentials that the trusted snapshot of `store` holds.
+    fn looked(node: &Node, store: &Store) -> Vec<FaultKind> {
+        let known = Baseline { device_id: Some("x".into()), ..Baseline::default() };
+        let deadline = host::clock::Deadline::after(std::time::Duration::from_secs(30));
+        let exam =
+            crate::examine(node, Some(store), Some(&known), None, crate::Care::Down, deadline).unwrap();
+        let of = |f: &&Finding| f.class == Some(Class::Credentials);
+        exam.findings.iter().filter(of).map(|f| f.kind).collect()
+    }
+
+    #[test]
+    fn credentials_that_were_emptied_are_damage_unless_there_was_only_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let credentials = node.state_dir.join("credentials");
+        let store = remembered_state(&dir, &node);
+        assert_eq!(looked(&node, &store), []);
+        std::fs::remove_file(credentials.join("x.json")).unwrap();
+        assert_eq!(looked(&node, &store), [], "its owner logged the only channel out");
+        std::fs::write(credentials.join("y.json"), "{}").unwrap();
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_file(credentials.join("x.json")).unwrap();
+        assert_eq!(looked(&node, &store), [], "one of two");
+        std::fs::remove_file(credentials.join("y.json")).unwrap();
+        assert_eq!(looked(&node, &store), [FaultKind::RootMissing]);
+        // And it is put right while the node serves.
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::RootMissing, Some(Class::Credentials), &[])];
+        crate::in_place::work(&mut bench, &findings).unwrap();
+        assert!(credentials.join("x.json").is_file() && credentials.join("y.json").is_file());
+    }
+
+    #[test]
+    fn when_all_sessions_are_forgotten_the_agents_databases_come_back_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let s = &node.state_dir;
+        let database = |agent: &str| s.join("agents").join(agent).join("agent/openclaw-agent.sqlite");
+        for agent in ["main", "second", "third"] {
+            std::fs::create_dir_all(database(agent).parent().unwrap()).unwrap();
+            std::fs::write(database(agent), agent).unwrap();
+        }
+        std::fs::create_dir_all(s.join("state")).unwrap();
+        std::fs::write(node.state_db(), "older").unwrap();
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_file(database("main")).unwrap();
+        std::fs::write(database("second"), "").unwrap();
+        std::fs::remove_dir_all(database("third").parent().unwrap()).unwrap();
+        std::fs::write(node.state_db(), "newer and larger").unwrap();
+        let deleted = s.join("agents/main/sessions/chat.jsonl");
+        std::fs::remove_file(&deleted).unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::Amnesia, Some(Class::Sessions), &[])];
+        assert!(!Choice::of(&node, &findings).is_empty());
+        work(&mut bench, &findings, false, false).unwrap();
+        for agent in ["main", "second", "third"] {
+            assert_eq!(std::fs::read_to_string(database(agent)).unwrap(), agent);
+        }
+        assert_eq!(std::fs::read(node.state_db()).unwrap(), b"newer and larger");
+        assert!(!deleted.exists(), "what its owner deleted beside them stays deleted");
+    }
+
+    #[test]
+    fn what_was_gone_is_remembered_for_a_try_that_was_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let store = remembered_state(&dir, &node);
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        let void = void_now(&bench, &Choice::of(&node, &findings));
+        assert!(void.contains(&node.state_dir) && void.contains(&node.state_dir.join("agents")), "{void:?}");
+        // Killed after a rescued database had made its directory again.
+        std::fs::create_dir_all(node.state_dir.join("state")).unwrap();
+        std::fs::write(node.state_db(), "rescued").unwrap();
+        work(&mut bench, &findings, false, false).unwrap();
+        assert!(node.state_dir.join("extensions/mine.js").is_file());
+        assert!(node.state_dir.join("state/other.json").is_file());
     }
 }

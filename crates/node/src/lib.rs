@@ -2,7 +2,8 @@
 //!
 //! The only room (with `layers` and `drill`) that may name an OpenClaw file. Nothing here runs the `openclaw`
 //! command, and nothing knows a process by its name: a gateway is the process of the lock file (pid and start
-//! time), confirmed by the lock's owner and by one of listener, control group or executable.
+//! time), confirmed by the lock's owner and by one of listener, control group or executable. Where the lock is gone it
+//! is the listener that holds the node's databases open.
 
 pub mod config;
 pub mod find;
@@ -259,10 +260,23 @@ impl Node {
     }
 
     /// The running gateway by its lock, if its uid is the node's and something besides the lock says that it is ours: a
-    /// lock is a file of the node's user, and its word alone must never get somebody's process killed.
+    /// lock is a file of the node's user, and its word alone must never get somebody's process killed. The lock lies in the
+    /// state directory and goes with it; then it is the process that listens on the node's port and holds databases of
+    /// that directory open.
     #[must_use]
     pub fn gateway(&self) -> Option<ProcessId> {
-        self.lock().filter(|l| l.trusted_by(self)).map(|l| l.id).filter(|id| self.owns(*id))
+        let locked = self.lock().filter(|l| l.trusted_by(self)).map(|l| l.id);
+        locked.filter(|id| self.owns(*id)).or_else(|| self.holder())
+    }
+
+    /// A process of the node's user that listens on the node's port and holds a database of the node's open, be it a
+    /// deleted one.
+    fn holder(&self) -> Option<ProcessId> {
+        let listeners = host::process::listeners(self.port);
+        let of_user = listeners.iter().filter(|l| l.uid == self.ids.uid);
+        of_user
+            .filter_map(|listener| host::process::owner_of(listener, &[]))
+            .find(|id| id.uid() == Some(self.ids.uid) && salvage::holds_databases(self, *id))
     }
 
     /// Whether a process is this node's gateway by what it runs, by the unit it lives in or by the port it holds.

@@ -81,6 +81,11 @@ pub fn held(node: &Node) -> bool {
     held_open(gateway, &crate::roots::resolved(&node.state_dir)).iter().any(Held::is_lost_database)
 }
 
+/// Whether a process has a database of the node open, deleted or not.
+pub(crate) fn holds_databases(node: &Node, process: ProcessId) -> bool {
+    held_open(process, &crate::roots::resolved(&node.state_dir)).iter().any(Held::is_database)
+}
+
 /// A file of the state directory that a gateway holds open.
 struct Held {
     path: PathBuf,
@@ -93,8 +98,12 @@ struct Held {
 }
 
 impl Held {
+    fn is_database(&self) -> bool {
+        self.path.extension().is_some_and(|e| e == "sqlite")
+    }
+
     fn is_lost_database(&self) -> bool {
-        self.deleted && self.path.extension().is_some_and(|e| e == "sqlite")
+        self.deleted && self.is_database()
     }
 }
 

@@ -5,7 +5,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -122,10 +122,19 @@ impl Base {
 
     /// The same, making missing directories on the way: owned like the deepest that exists, mode 0755.
     pub(crate) fn open_making_parents(path: &Path) -> Result<Base, Errno> {
-        let (parent, name) = split(path).ok_or(Errno::INVAL)?;
-        let mut dir = open_absolute(Path::new("/"))?;
+        Base::making_parents_in(open_absolute(Path::new("/"))?, path, path)
+    }
+
+    /// The same for what will lie at `path` and is `within` a directory that may stand elsewhere for now.
+    pub(crate) fn making_parents_in(mut dir: OwnedFd, within: &Path, path: &Path) -> Result<Base, Errno> {
+        let parent = within.parent().ok_or(Errno::INVAL)?;
+        let name = within.file_name().ok_or(Errno::INVAL)?.as_bytes();
         for part in parent.components() {
-            let std::path::Component::Normal(part) = part else { continue };
+            let part = match part {
+                Component::Normal(part) => part,
+                Component::ParentDir => return Err(Errno::INVAL),
+                Component::Prefix(_) | Component::RootDir | Component::CurDir => continue,
+            };
             let next = match open_beneath(dir.as_fd(), part.as_bytes(), DIR, Mode::empty()) {
                 Err(Errno::NOENT) => {
                     let like = rustix::fs::fstat(&dir)?;
@@ -179,7 +188,7 @@ impl Base {
 }
 
 fn split(path: &Path) -> Option<(&Path, &[u8])> {
-    if !path.is_absolute() || path.components().any(|c| matches!(c, std::path::Component::ParentDir)) {
+    if !path.is_absolute() || path.components().any(|c| matches!(c, Component::ParentDir)) {
         return None;
     }
     Some((path.parent()?, path.file_name()?.as_bytes()))

@@ -4,7 +4,8 @@
 //! proven by its seal and its hash, and made durable. Until then nothing live has changed, and any doubt ends here.
 //! Only then is each piece exchanged with what stands in its place, and what stood there goes to the quarantine. A
 //! crash between the two leaves the old or the new entry at every path, and our leftovers go to the quarantine next
-//! time. A database's `-wal` and `-shm` leave before the main file changes, so that no log meets a stranger.
+//! time. A database's `-wal` and `-shm` leave before the main file changes, so that no log meets a stranger. A root that
+//! is gone together with the roots that lie in it is built with them and appears with all of them at once.
 
 use crate::beneath::{Base, DIR, NoBase, OWN_PREFIX, Stat, chmod_handle, handle, open_beneath};
 use crate::compare::{self, Ids};
@@ -24,7 +25,7 @@ use host::{Context, Error, Kind, Result};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -72,6 +73,34 @@ struct Staged<'a> {
     base: Base,
     reference: &'a RootRef,
     steps: Vec<Step>,
+}
+
+impl Work {
+    fn missing_whole(&self) -> bool {
+        self.ops.first().is_some_and(|(path, kind)| path.is_empty() && *kind == DifferenceKind::Missing)
+    }
+}
+
+impl Staged<'_> {
+    /// Where a root that lies at `path` goes, if that is within the whole tree that is built for this one.
+    fn place_for(&self, path: &Path) -> Option<std::result::Result<Base, Errno>> {
+        let within = path.strip_prefix(&self.reference.root.path).ok().filter(|p| p.file_name().is_some())?;
+        // A tree that koboshi keeps ready is somebody else's as well until it is swapped in.
+        if self.reference.root.class.converges() {
+            return None;
+        }
+        self.steps.iter().find_map(|step| match step {
+            Step::Place { dir, tmp, path: top, .. } if top.is_empty() => {
+                let tree = match open_beneath(dir.as_fd(), tmp, DIR, Mode::empty()) {
+                    // One file.
+                    Err(Errno::NOTDIR) => return None,
+                    other => other,
+                };
+                Some(tree.and_then(|tree| Base::making_parents_in(tree, within, path)))
+            }
+            Step::Place { .. } | Step::Aside { .. } | Step::Attributes(_) => None,
+        })
+    }
 }
 
 pub(crate) fn run(
@@ -243,16 +272,13 @@ fn round(
         whole: Vec::new(),
         from_spare: Vec::new(),
     };
-    let mut staged = Vec::new();
-    for work in works.iter().filter(|w| !w.ops.is_empty()) {
-        match stage.root(work) {
-            Ok(s) => staged.push(s),
-            Err(e) => {
-                stage.undo();
-                return Err(e);
-            }
+    let staged = match stage.all(works, &mut quarantine, done) {
+        Ok(staged) => staged,
+        Err(e) => {
+            stage.undo();
+            return Err(e);
         }
-    }
+    };
     done.files += stage.files.load(Atomic::Relaxed);
     done.bytes += stage.bytes.load(Atomic::Relaxed);
     done.objects_from_live += stage.from_live.load(Atomic::Relaxed);
@@ -411,12 +437,48 @@ fn ended_early() -> Error {
 }
 
 impl<'a> Stage<'a> {
-    /// Phase 1 for one root.
-    fn root<'w>(&mut self, work: &'w Work) -> Result<Staged<'w>> {
+    /// Phase 1 for all roots, an outer one before those that lie in it. Where the outer one is gone as a whole, the inner
+    /// ones are put into what is built in its place: exchanged by itself afterwards, it would take their place.
+    fn all<'w>(
+        &mut self,
+        works: &'w [Work],
+        quarantine: &mut Quarantine<'_>,
+        done: &mut Repaired,
+    ) -> Result<Vec<Staged<'w>>> {
+        let mut todo: Vec<&Work> = works.iter().filter(|w| !w.ops.is_empty()).collect();
+        todo.sort_by_key(|w| w.reference.root.path.components().count());
+        let mut staged: Vec<Staged<'w>> = Vec::new();
+        let mut filled: BTreeSet<usize> = BTreeSet::new();
+        for work in todo {
+            let path = &work.reference.root.path;
+            let around = staged.iter().enumerate().find_map(|(n, outer)| Some((n, outer.place_for(path)?)));
+            let Some((n, base)) = around.filter(|_| work.missing_whole()) else {
+                let root = self.root(work, None)?;
+                staged.push(root);
+                continue;
+            };
+            let base = base.context(|| format!("making the directory for {}", path.display()))?;
+            let inner = self.root(work, Some(base))?;
+            // Nothing live: this is still a directory under our own name.
+            place(&inner, quarantine, done)?;
+            filled.insert(n);
+        }
+        for outer in filled.into_iter().filter_map(|n| staged.get(n)) {
+            sync_file_systems(outer)?;
+        }
+        Ok(staged)
+    }
+
+    /// Phase 1 for one root, which goes `into` a tree that is being built, or where it lies.
+    fn root<'w>(&mut self, work: &'w Work, into: Option<Base>) -> Result<Staged<'w>> {
         let reference = &work.reference;
-        let missing_whole =
-            work.ops.first().is_some_and(|(p, k)| p.is_empty() && *k == DifferenceKind::Missing);
-        let base = match open_root(reference)? {
+        let missing_whole = work.missing_whole();
+        let inner = into.is_some();
+        let found = match into {
+            Some(base) => Some(base),
+            None => open_root(reference)?,
+        };
+        let base = match found {
             Some(b) => b,
             None if missing_whole => Base::open_making_parents(&reference.root.path)
                 .context(|| format!("making the directory for {}", reference.root.path.display()))?,
@@ -429,7 +491,7 @@ impl<'a> Stage<'a> {
             }
         };
         let mut staged = Staged { base, reference, steps: Vec::new() };
-        if missing_whole && self.take_spare(&mut staged)? {
+        if missing_whole && !inner && self.take_spare(&mut staged)? {
             return Ok(staged);
         }
         let needs = self.check_space(work, &staged.base)?;

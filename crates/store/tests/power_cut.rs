@@ -30,6 +30,8 @@ const DISK_BYTES: u64 = 24 << 20;
 const SIZE_SLACK_BYTES: u64 = 4096;
 /// More moments than any case has.
 const MANY: u64 = 300;
+/// The classes of [`Ground::nest`].
+const NEST: [Class; 4] = [Class::Sessions, Class::Workspace, Class::Config, Class::State];
 const CASE: &str = "KOBOSHI_TEST_CASE";
 const AT: &str = "KOBOSHI_TEST_AT";
 const MOMENT: &str = "KOBOSHI_TEST_MOMENT";
@@ -48,6 +50,16 @@ impl Ground {
     }
     fn roots(&self) -> Vec<Root> {
         vec![root("program", &self.live(), Class::Program)]
+    }
+    /// The same tree as roots that lie in one another, the outermost last, as a state directory has them.
+    fn nest(&self) -> Vec<Root> {
+        let live = self.live();
+        let mut dist = root("a-dist", &live.join("dist"), Class::Sessions);
+        dist.exclude = vec!["deep".into()];
+        let mut rest = root("z-rest", &live, Class::State);
+        rest.exclude = vec!["big.bin".into(), "dist".into()];
+        let deep = root("b-deep", &live.join("dist/deep"), Class::Workspace);
+        vec![dist, deep, root("c-big", &live.join("big.bin"), Class::Config), rest]
     }
     fn open(&self) -> host::Result<Store> {
         Store::open_or_create(&self.dir.join("store"), &self.dir.join("keys/key"))
@@ -130,7 +142,7 @@ struct Case {
     limit: u64,
 }
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     Case {
         name: "first",
         prepare: |_| {},
@@ -199,6 +211,18 @@ const CASES: [Case; 9] = [
         },
         act: Ground::repair,
         check: check_repair,
+        limit: u64::MAX,
+    },
+    Case {
+        name: "repair of a nest",
+        prepare: |g| {
+            let roots = g.nest();
+            let id = g.store().snapshot(&request(&roots, &NEST), &mut |_| {}, soon()).unwrap().id;
+            g.store().set_trust(&id, Trust::Good).unwrap();
+            fs::remove_dir_all(g.live()).unwrap();
+        },
+        act: |g| g.store().repair(&g.good(), Scope::Classes(&NEST), &g.plan(), soon()).map(|_| ()),
+        check: check_nest,
         limit: u64::MAX,
     },
     Case {
@@ -311,6 +335,22 @@ fn check_repair(g: &Ground, known: &Known, done: bool, at: &str) {
             path.display()
         );
     }
+    let leftovers: Vec<_> = common::walk(&g.dir.join("prefix")).into_iter().filter(|p| is_ours(p)).collect();
+    assert_eq!(leftovers, Vec::<PathBuf>::new(), "{at}: the next repair clears up");
+}
+
+/// A root and all that lies in it are there at once or not at all: half of them would look as if their owner had deleted
+/// the other half.
+fn check_nest(g: &Ground, known: &Known, done: bool, at: &str) {
+    g.whole(at);
+    let differences = || g.store().compare(&g.good(), &NEST, Depth::Hash, soon()).unwrap();
+    if done || g.live().exists() {
+        assert_eq!(differences(), [], "{at}");
+    }
+    let contents = g.contents();
+    assert_eq!(known.contents.iter().find(|c| !contents.contains(c)), None, "{at}");
+    g.store().repair(&g.good(), Scope::Classes(&NEST), &g.plan(), soon()).unwrap();
+    assert_eq!(differences(), [], "{at}");
     let leftovers: Vec<_> = common::walk(&g.dir.join("prefix")).into_iter().filter(|p| is_ours(p)).collect();
     assert_eq!(leftovers, Vec::<PathBuf>::new(), "{at}: the next repair clears up");
 }

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::time::Duration;
 
-fn until(fake: &Fake, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+pub fn until(fake: &Fake, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let deadline = Deadline::after(PATIENCE);
     loop {
         let (object, _) = fake.json(&["status"]);

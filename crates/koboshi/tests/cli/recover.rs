@@ -1,6 +1,10 @@
 //! `koboshi recover`: with nobody guarding, from the fall to the judge's word.
 
+use crate::agent::until;
 use crate::fake::{Fake, same};
+use crate::gateway::Agent;
+use host::process::ProcessId;
+use rustix::process::Signal;
 use serde_json::json;
 
 #[test]
@@ -69,4 +73,39 @@ fn one_layer_by_hand() {
     assert!(fake.gateway().is_some());
     let (object, _) = fake.json(&["status"]);
     assert!(object.get("hands_off").is_none(), "the pause is over: {object}");
+}
+
+/// A gateway that its lock no longer names, ended at the test's end.
+struct Orphan(ProcessId);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::KILL);
+    }
+}
+
+#[test]
+fn a_state_directory_deleted_under_a_running_gateway_loses_nothing_that_it_holds_open() {
+    let fake = Fake::new();
+    let gateway = Orphan(fake.start_gateway());
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    let db = rusqlite::Connection::open(fake.state().join("state/openclaw.sqlite")).unwrap();
+    db.execute_batch("INSERT INTO cron_jobs VALUES('newer than any snapshot')").unwrap();
+    drop(db);
+    // The lock that names the gateway goes with it; what it holds open tells whose it is all the same.
+    std::fs::remove_dir_all(fake.state()).unwrap();
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    assert!(!gateway.0.alive(), "one gateway serves");
+    let db = rusqlite::Connection::open(fake.state().join("state/openclaw.sqlite")).unwrap();
+    let sql = "SELECT count(*) FROM cron_jobs WHERE id LIKE 'newer%'";
+    assert_eq!(db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap(), 1);
+    for file in [
+        "openclaw.json",
+        "workspace/MEMORY.md",
+        "credentials/x.json",
+        "agents/main/agent/openclaw-agent.sqlite",
+    ] {
+        assert!(fake.state().join(file).is_file(), "{file}");
+    }
 }

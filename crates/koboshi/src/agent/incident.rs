@@ -185,12 +185,22 @@ impl Agent {
             let update =
                 exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
             self.noticed(exam.findings);
-            if update.is_some() && kind == IncidentKind::Outage {
+            if update.is_some() && kind == IncidentKind::Outage && !self.waited_for_update() {
                 // Somebody else is repairing or replacing the program: the judge's limits say for how long that is
                 // waited for.
                 self.updating = update;
+                self.update_waited = true;
             }
         }
+    }
+
+    /// Whether the judge's patience with the update at work is over: it knows of it and says all the same that the node
+    /// does not serve. Hands that stayed off then would stay off for as long as somebody keeps a file open.
+    fn waited_for_update(&self) -> bool {
+        self.judgement.as_ref().is_some_and(|j| {
+            let knows = j.findings.iter().any(|f| f.kind == FaultKind::UpdateAtWork);
+            matches!(j.verdict, Verdict::NotServing { .. }) && (knows || self.update_waited)
+        })
     }
 
     pub(super) fn noticed(&mut self, findings: Vec<Finding>) {

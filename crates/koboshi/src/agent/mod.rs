@@ -115,6 +115,8 @@ pub struct Agent {
     service_look: Option<(Moment, ServiceLook)>,
     /// An update that had the node down when it was last looked at. The judge's own limits end this patience.
     updating: Option<String>,
+    /// It was believed in once since the node last served.
+    update_waited: bool,
     /// The gateway process that a start of ours or a look has accounted for in the ration.
     counted: Option<ProcessId>,
     /// We asked for a start whose process has not been seen yet.
@@ -226,6 +228,7 @@ impl Agent {
             exam_due: Some(now),
             service_look: None,
             updating: None,
+            update_waited: false,
             counted: None,
             asked_start: None,
             notifier: Notifier::from_env().ok(),
@@ -670,8 +673,9 @@ impl Agent {
         let judgement = self.judge.observe(&look);
         self.next_look = clock::now().plus_ms(self.look_every_ms());
         self.follow_gateway();
+        // Known before it is heeded: what is opened now is opened in the light of it.
+        self.judgement = Some(judgement.clone());
         self.heed(&judgement);
-        self.judgement = Some(judgement);
     }
 
     fn look_every_ms(&self) -> u64 {
@@ -694,6 +698,7 @@ impl Agent {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
                 self.updating = None;
+                self.update_waited = false;
                 self.bare_stop = None;
                 if self.will.by_stops {
                     // It serves again by its owner's hand: the stop that was obeyed is over.

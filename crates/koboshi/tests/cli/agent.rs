@@ -335,3 +335,58 @@ fn an_agent_begins_where_nothing_can_be_written_anew() {
     until(&fake, "served", |s| s["verdict"] == "serving");
     assert_eq!(of(&file), before, "what is remembered already is not written again");
 }
+
+/// A process of the test's own, ended with it.
+struct Ended(ProcessId);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::KILL);
+    }
+}
+
+/// Somebody in the program's directory, and perhaps with a file of it open for writing.
+#[allow(clippy::zombie_processes, reason = "it is ended by its identity; a zombie counts as gone")]
+fn somebody(fake: &Fake, writes: Option<&str>) -> Ended {
+    let mut command = std::process::Command::new("sleep");
+    command.arg("600").current_dir(fake.package());
+    if let Some(file) = writes {
+        command.stdout(std::fs::File::create(fake.package().join(file)).unwrap());
+    }
+    Ended(ProcessId::of(command.spawn().unwrap().id()).unwrap())
+}
+
+fn incidents(fake: &Fake) -> usize {
+    let (object, _) = fake.json(&["incidents", "list"]);
+    object["incidents"].as_array().unwrap().len()
+}
+
+#[test]
+fn a_shell_left_in_the_programs_directory_keeps_nobody_down() {
+    let fake = Fake::new();
+    fake.configure("[judge]\nupdate_stalled_ms = 2000\n");
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    // As somebody's terminal does that was left there after a look around.
+    let _shell = somebody(&fake, None);
+    fake.kill_gateway();
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    assert_eq!(incidents(&fake), 1, "nothing was waited for");
+}
+
+#[test]
+fn an_update_that_does_not_move_is_waited_for_once_and_then_climbed_over() {
+    let fake = Fake::new();
+    fake.configure("[judge]\nupdate_stalled_ms = 2000\n");
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    let _writer = somebody(&fake, Some("being-written.js"));
+    fake.kill_gateway();
+    // The judge's patience with it is over after 2 s.
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    let log = std::fs::read_to_string(fake.path("agent.log")).unwrap();
+    assert_eq!(log.matches("left alone: an update is at work").count(), 1, "{log}");
+    assert_eq!(incidents(&fake), 2, "each has a message of its own");
+}

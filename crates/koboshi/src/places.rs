@@ -121,6 +121,11 @@ impl Places {
         self.state_dir.join("scrub.json")
     }
 
+    /// How old the good copies are.
+    pub fn copies(&self) -> PathBuf {
+        self.state_dir.join("copies.json")
+    }
+
     /// The judge's baseline.
     pub fn baseline(&self) -> PathBuf {
         self.state_dir.join("baseline.json")

@@ -5,6 +5,7 @@
 //! folds and goes on, and the gateway never notices.
 
 pub mod book;
+mod copies;
 mod daily;
 mod home;
 pub(crate) mod incident;
@@ -20,6 +21,7 @@ pub mod status;
 pub mod will;
 
 use crate::agent::book::Book;
+use crate::agent::copies::Known;
 use crate::agent::daily::Daily;
 use crate::agent::incident::Doing;
 use crate::agent::notices::Notices;
@@ -122,7 +124,6 @@ pub struct Agent {
     /// We asked for a start whose process has not been seen yet.
     asked_start: Option<Moment>,
     notifier: Option<Notifier>,
-    born: Moment,
     /// The unit was seen on its way down, or down, at this moment.
     unit_stopped: Option<Moment>,
     bare_stop: Option<Moment>,
@@ -212,7 +213,7 @@ impl Agent {
             prober: Prober::start()?,
             watch: Watch::new()?,
             users: UsersTrees::default(),
-            daily: Daily::new(now),
+            daily: Daily::new(now, &config.backup, Known::load(&places, clock::wall().as_second())),
             home: home::Homecoming::default(),
             doing: Doing::Nothing,
             step: None,
@@ -232,7 +233,6 @@ impl Agent {
             counted: None,
             asked_start: None,
             notifier: Notifier::from_env().ok(),
-            born: now,
             unit_stopped: None,
             bare_stop: None,
             bare_stops: Vec::new(),
@@ -292,6 +292,7 @@ impl Agent {
         }
         self.home_begins();
         self.watch_files();
+        self.keep_known();
         self.follow_gateway();
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();

@@ -113,6 +113,7 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.will(),
             places.contacts(),
             places.scrub(),
+            places.copies(),
             places.known_programs(),
             places.donate_key(),
         ]);

@@ -114,6 +114,7 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.contacts(),
             places.scrub(),
             places.copies(),
+            places.reading(),
             places.known_programs(),
             places.donate_key(),
         ]);

@@ -302,6 +302,7 @@ pub fn run(request_path: &Path) -> Result<()> {
 fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let config = crate::config::load(&request.config_file)?;
     let places = Places::new(request.config_file.clone(), &config)?;
+    node::copies::keep_in(places.reading());
     let node = &request.node;
     match &request.work {
         Work::Examine { care, users } => {

@@ -5,6 +5,7 @@
 //! time), confirmed by the lock's owner and by one of listener, control group or executable.
 
 pub mod config;
+pub mod copies;
 pub mod find;
 pub mod gates;
 pub mod http;

@@ -284,6 +284,7 @@ impl Agent {
         // A dead agent may have held the unit down for a repair; its undo is ours. An owner's stop outlives reboots.
         self.release();
         self.keep_stopped();
+        node::copies::keep_in(self.places.reading());
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
             if name.starts_with("job-") || name == responder::CONTAINER {
@@ -291,6 +292,7 @@ impl Agent {
             }
         }
         self.home_begins();
+        node::copies::sweep();
         self.watch_files();
         self.keep_known();
         self.follow_gateway();

@@ -255,6 +255,36 @@ mod tests {
     }
 
     #[test]
+    fn what_an_access_list_lets_him_use_stays_as_it_is_as_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let node = node(dir.path());
+        for path in [&node.state_dir, &node.state_dir.join("state")] {
+            chown(path, Some(USER), Some(USER)).unwrap();
+        }
+        private(&node.config_path);
+        private(&node.state_db());
+        // user::rw-, user:nobody:rw-, group::---, mask::rw-, other::---
+        let mut list = 2_u32.to_le_bytes().to_vec();
+        for (tag, may, id) in
+            [(1_u16, 6_u16, u32::MAX), (2, 6, USER), (4, 0, u32::MAX), (16, 6, u32::MAX), (32, 0, u32::MAX)]
+        {
+            list.extend(tag.to_le_bytes());
+            list.extend(may.to_le_bytes());
+            list.extend(id.to_le_bytes());
+        }
+        let flags = rustix::fs::XattrFlags::empty();
+        match rustix::fs::setxattr(node.state_db(), c"system.posix_acl_access", &list, flags) {
+            Err(rustix::io::Errno::OPNOTSUPP) => return,
+            set => set.unwrap(),
+        }
+        work(&node, dir.path());
+        assert_eq!((owner(&node.config_path), owner(&node.state_db())), (USER, 0));
+    }
+
+    #[test]
     fn a_link_on_the_way_leads_nowhere_as_root() {
         if !rustix::process::geteuid().is_root() {
             return;

@@ -429,8 +429,12 @@ pub fn foreign(node: &Node) -> Vec<Foreign> {
 
 /// With an access list the mode bits do not say who may do what.
 fn has_acl(path: &Path) -> bool {
-    let mut none: [u8; 0] = [];
-    rustix::fs::lgetxattr(path, c"system.posix_acl_access", &mut none).is_ok_and(|bytes| bytes > 0)
+    // A few entries; more do not fit, which is an answer too.
+    let mut list = [0_u8; 128];
+    match rustix::fs::lgetxattr(path, c"system.posix_acl_access", &mut list) {
+        Ok(bytes) => bytes > 0,
+        Err(e) => e == rustix::io::Errno::RANGE,
+    }
 }
 
 fn ownership(node: &Node, findings: &mut Vec<Finding>) {

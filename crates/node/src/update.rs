@@ -166,9 +166,13 @@ fn is_new(writer: ProcessId, file: &Path) -> bool {
     /// `/proc/PID/stat` counts in hundredths of a second since boot.
     const MS_PER_TICK: u64 = 10;
     let runs_ms = host::clock::now().ms.saturating_sub(writer.start_ticks.saturating_mul(MS_PER_TICK));
-    let most = std::time::Duration::from_millis(INSTALL_MOST_MS);
-    let made = std::fs::symlink_metadata(file).and_then(|m| m.created());
-    runs_ms < INSTALL_MOST_MS || made.is_ok_and(|t| t.elapsed().is_ok_and(|age| age < most))
+    let made = std::fs::symlink_metadata(file).and_then(|m| m.created()).ok();
+    let age = made.and_then(|t| t.elapsed().ok()).and_then(|age| u64::try_from(age.as_millis()).ok());
+    may_install(runs_ms, age)
+}
+
+fn may_install(runs_ms: u64, file_age_ms: Option<u64>) -> bool {
+    runs_ms < INSTALL_MOST_MS || file_age_ms.is_some_and(|ms| ms < INSTALL_MOST_MS)
 }
 
 /// Whether a path lies in the package itself or in its staging.
@@ -223,6 +227,14 @@ mod tests {
         assert!(update.what.contains(".openclaw-aB3dE5gH"), "{}", update.what);
         std::fs::create_dir(stage.join("more")).expect("mkdir");
         assert_ne!(look(&node).expect("an update").progress, update.progress);
+    }
+
+    #[test]
+    fn an_old_process_with_an_old_file_open_installs_nothing() {
+        let (young, old) = (INSTALL_MOST_MS - 1, INSTALL_MOST_MS);
+        assert!(may_install(young, None) && may_install(young, Some(old)));
+        assert!(may_install(old, Some(young)), "a daemon that has just begun to fetch");
+        assert!(!may_install(old, Some(old)) && !may_install(old, None));
     }
 
     /// A process with this working directory, and with its output in this file.

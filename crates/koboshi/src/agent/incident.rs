@@ -185,21 +185,25 @@ impl Agent {
             let update =
                 exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
             self.noticed(exam.findings);
-            if update.is_some() && kind == IncidentKind::Outage && !self.waited_for_update() {
+            if update.is_some() && kind == IncidentKind::Outage && !self.waited_for_update(clock::now()) {
                 // Somebody else is repairing or replacing the program: the judge's limits say for how long that is
                 // waited for.
                 self.updating = update;
-                self.update_waited = true;
+                self.update_waited.get_or_insert(clock::now());
             }
         }
     }
 
     /// Whether the judge's patience with the update at work is over: it knows of it and says all the same that the node
-    /// does not serve. Hands that stayed off then would stay off for as long as somebody keeps a file open.
-    fn waited_for_update(&self) -> bool {
+    /// does not serve. Hands that stayed off then would stay off for as long as somebody keeps a file open. A judge that
+    /// does not see it at all is believed a little later: its last search may be older than the update.
+    pub(super) fn waited_for_update(&self, now: Moment) -> bool {
+        /// Twice as long as one search serves.
+        const UNSEEN_MS: u64 = 10_000;
         self.judgement.as_ref().is_some_and(|j| {
             let knows = j.findings.iter().any(|f| f.kind == FaultKind::UpdateAtWork);
-            matches!(j.verdict, Verdict::NotServing { .. }) && (knows || self.update_waited)
+            let long = self.update_waited.is_some_and(|at| now.since_ms(at).is_none_or(|ms| ms >= UNSEEN_MS));
+            matches!(j.verdict, Verdict::NotServing { .. }) && (knows || long)
         })
     }
 

@@ -117,8 +117,8 @@ pub struct Agent {
     service_look: Option<(Moment, ServiceLook)>,
     /// An update that had the node down when it was last looked at. The judge's own limits end this patience.
     updating: Option<String>,
-    /// It was believed in once since the node last served.
-    update_waited: bool,
+    /// When it was first believed in since the node last served.
+    update_waited: Option<Moment>,
     /// The gateway process that a start of ours or a look has accounted for in the ration.
     counted: Option<ProcessId>,
     /// We asked for a start whose process has not been seen yet.
@@ -229,7 +229,7 @@ impl Agent {
             exam_due: Some(now),
             service_look: None,
             updating: None,
-            update_waited: false,
+            update_waited: None,
             counted: None,
             asked_start: None,
             notifier: Notifier::from_env().ok(),
@@ -701,7 +701,7 @@ impl Agent {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
                 self.updating = None;
-                self.update_waited = false;
+                self.update_waited = None;
                 self.bare_stop = None;
                 if self.will.by_stops {
                     // It serves again by its owner's hand: the stop that was obeyed is over.
@@ -719,7 +719,9 @@ impl Agent {
             }
             Verdict::NotServing { .. } => {
                 self.serving_since = None;
-                self.updating = None;
+                if self.waited_for_update(now) {
+                    self.updating = None;
+                }
             }
             Verdict::Inconclusive { .. } => {}
         }

@@ -121,6 +121,17 @@ impl Places {
         self.state_dir.join("scrub.json")
     }
 
+    /// Where databases are copied to that can only be read as a copy. On the disk and not in the run directory, which is
+    /// mostly memory.
+    pub fn reading(&self) -> PathBuf {
+        self.state_dir.join("reading")
+    }
+
+    /// How old the good copies are.
+    pub fn copies(&self) -> PathBuf {
+        self.state_dir.join("copies.json")
+    }
+
     /// The judge's baseline.
     pub fn baseline(&self) -> PathBuf {
         self.state_dir.join("baseline.json")

@@ -55,7 +55,10 @@ pub enum Work {
     /// One small portion of the slow look at every byte.
     Scrub,
     /// Brings store and quarantine within their limit and makes the spare again.
-    Tidy,
+    Tidy {
+        /// Only the store: an incident is open, and what it has put aside is not to be touched.
+        store_only: bool,
+    },
     /// Sends what waits in the outbox.
     Deliver,
     /// Reads the chat accounts of the node's config while the node is well, and keeps them sealed.
@@ -146,7 +149,7 @@ impl Work {
             Work::Examine { .. }
             | Work::Snapshot { .. }
             | Work::Settle
-            | Work::Tidy
+            | Work::Tidy { .. }
             | Work::Deliver
             | Work::Contacts
             | Work::Beat
@@ -299,6 +302,7 @@ pub fn run(request_path: &Path) -> Result<()> {
 fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
     let config = crate::config::load(&request.config_file)?;
     let places = Places::new(request.config_file.clone(), &config)?;
+    node::copies::keep_in(places.reading());
     let node = &request.node;
     match &request.work {
         Work::Examine { care, users } => {
@@ -317,7 +321,11 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             Ok(Answer::Examined(Box::new(examination)))
         }
         Work::Snapshot { classes, note } => {
-            no_update_at_work(node, "take a snapshot")?;
+            // What its user writes is not the update's, and an update may hang for long.
+            if classes.is_empty() || classes.iter().any(|c| c.converges()) {
+                no_update_at_work(node, "take a snapshot")?;
+            }
+            no_maintenance(node, "take a snapshot")?;
             let before = open_store(&places).ok().flatten().and_then(|s| s.newest_trusted(None).ok()?);
             let info =
                 snapshot(&places, node, request.baseline.as_ref(), classes, note, &mut |_| {}, deadline)?;
@@ -325,13 +333,13 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             Ok(Answer::Taken { id: info.id, wall_ms: info.cost.wall_ms, gone })
         }
         Work::Settle => {
-            no_update_at_work(node, "trust the newest snapshot")?;
+            no_maintenance(node, "trust the newest snapshot")?;
             let answer = settle(&places, node, request.baseline.as_ref(), deadline)?;
             settle_peer_copy(&places, node, &answer, deadline)?;
             Ok(answer)
         }
         Work::Scrub => scrub(&places, node, deadline),
-        Work::Tidy => tidy(&places, &config, node, deadline),
+        Work::Tidy { store_only } => tidy(&places, &config, node, *store_only, deadline),
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
             let channels = voice::channels(&config, &places, Some(&node.home));
@@ -426,6 +434,14 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
 fn no_update_at_work(node: &Node, what: &str) -> Result<()> {
     match node::update::at_work(node) {
         Some(update) => Err(Error::new(Kind::System, what, format!("an update is at work: {update}"))),
+        None => Ok(()),
+    }
+}
+
+/// While the databases themselves are being worked on, what lies there is no picture of them.
+fn no_maintenance(node: &Node, what: &str) -> Result<()> {
+    match node::update::of_state(node) {
+        Some(held) => Err(Error::new(Kind::System, what, held)),
         None => Ok(()),
     }
 }
@@ -525,6 +541,9 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
         .into_iter()
         .filter(|class| !carried(class))
         .collect();
+    if classes.iter().any(|c| c.converges()) {
+        no_update_at_work(node, "trust the newest snapshot")?;
+    }
     let differences = store.compare(&newest.id, &classes, Depth::Stat, deadline)?;
     if let Some(first) = differences.first() {
         let why = format!(
@@ -539,7 +558,9 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     let unknown = Baseline::default();
     let looked =
         node::triage::examine(node, baseline.unwrap_or(&unknown), node::triage::Depth::Quick, deadline);
-    if let Some(sick) = looked.findings.iter().find(|f| unfit_to_trust(f)) {
+    // What is sick now and was carried over from a trusted snapshot is not what this one holds of it.
+    let held = |f: &&Finding| unfit_to_trust(f) && !f.class.is_some_and(|class| carried(&class));
+    if let Some(sick) = looked.findings.iter().find(held) {
         let why = format!("it holds what the next start would not survive: {}", sick.what);
         return Ok(Answer::Settled { id: None, why: Some(why), config: None });
     }
@@ -563,7 +584,11 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
 /// The node served for the settling time: a peer's program is its own from now on, and what it consists of is written
 /// down apart from the store.
 fn settle_peer_copy(places: &Places, node: &Node, answer: &Answer, deadline: Deadline) -> Result<()> {
-    if !matches!(answer, Answer::Settled { id: Some(_), .. }) {
+    if !matches!(answer, Answer::Settled { id: Some(_), .. })
+        || node::update::at_work(node).is_some()
+        || !node::triage::program_is_whole(node)
+    {
+        // What a snapshot without the program proves is nothing about the program.
         return Ok(());
     }
     layers::peer_copy::conclude(node, &places.quarantine().join("peer-copy"), true, deadline)?;
@@ -663,13 +688,21 @@ fn unfit_to_trust(finding: &Finding) -> bool {
     }
 }
 
-fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Result<Answer> {
-    let mut done = layers::install::settle(&places.state_dir)?;
+fn tidy(
+    places: &Places,
+    config: &Config,
+    node: &Node,
+    store_only: bool,
+    deadline: Deadline,
+) -> Result<Answer> {
+    let mut done = if store_only { Vec::new() } else { layers::install::settle(&places.state_dir)? };
     let Some(store) = open_store(places)? else {
         return Ok(Answer::Tidied { done });
     };
-    done.extend(home::leave(&places.state_dir, &store)?);
-    done.extend(collect_leftovers(places, &store, node, deadline)?);
+    if !store_only {
+        done.extend(home::leave(&places.state_dir, &store)?);
+        done.extend(collect_leftovers(places, &store, node, deadline)?);
+    }
     let limit = crate::space::limit_bytes(config, places)?;
     let spare_bytes = spare::size(node);
     let pruned = store.prune(limit.saturating_sub(spare_bytes), deadline)?;
@@ -678,6 +711,9 @@ fn tidy(places: &Places, config: &Config, node: &Node, deadline: Deadline) -> Re
     }
     if pruned.over_limit {
         done.push(format!("what must be kept is larger than the limit of {limit} bytes"));
+    }
+    if store_only {
+        return Ok(Answer::Tidied { done });
     }
     let freed = store::trim_quarantine(
         &places.quarantine(),

@@ -11,6 +11,7 @@ pub mod lend;
 mod mend;
 #[cfg(test)]
 mod nobody;
+mod owners;
 pub mod peer_copy;
 pub mod quiet;
 pub mod restart;

@@ -6,7 +6,7 @@
 //! running gateway still holds open are saved first, because they are newer than any snapshot.
 
 use crate::beside::Beside;
-use crate::{Bench, CameBack, Report, quiet, trial};
+use crate::{Bench, CameBack, Report, owners, quiet, trial};
 use engine::{Class, FaultKind, Finding};
 use host::{Context, Error, Kind, Result};
 use node::gates::{self, Gate};
@@ -246,7 +246,9 @@ fn join(root: &Path, below: &Path) -> PathBuf {
 pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool) -> Result<Report> {
     let mut report = Report::default();
     let mut choice = Choice::of(bench.node, findings);
-    if wider || choice.is_empty() {
+    // Files of another owner are the whole reason where nothing else is found.
+    let foreign = findings.iter().any(|f| f.kind == FaultKind::Permission);
+    if wider || choice.is_empty() && !foreign {
         choice = choice.widened();
     }
     choice.void = void_now(bench, &choice);
@@ -254,6 +256,9 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     let mut saved = save_open_databases(bench, &choice, &mut report)?;
     quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, NEEDS, &mut report)?;
+    if foreign {
+        owners::give_back(bench, &mut report)?;
+    }
     saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
     let mut kept = BTreeSet::new();
     for database in saved {

@@ -6,6 +6,7 @@
 //! Nothing secret leaves this module: the device id only as a fingerprint, contents only as counts.
 
 use crate::Node;
+use crate::copies::PrivateCopy;
 use crate::refusal::Checked;
 use engine::{Class, Moment};
 use host::clock::Deadline;
@@ -15,8 +16,6 @@ use serde::{Deserialize, Serialize};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// A dead database with a log is copied to be read; a larger one is not, its identity stays unknown until it lives.
-const COPY_LIMIT_BYTES: u64 = 1 << 30;
 /// Rows are counted up to here: what matters is whether they are many, few or gone.
 const COUNT_LIMIT: u64 = 100_000;
 
@@ -304,7 +303,7 @@ impl Reader {
         let logged = log_len(db) > 0;
         let indexed = std::fs::metadata(beside(db, "-shm")).is_ok_and(|m| m.len() > 0);
         let (path, query, copy) = if logged && !indexed {
-            let copy = PrivateCopy::of(db, meta.len())?;
+            let copy = PrivateCopy::of(db, meta.len(), deadline)?;
             (copy.main.clone(), "mode=rw", Some(copy))
         } else if logged {
             (db.to_path_buf(), "mode=ro&readonly_shm=1", None)
@@ -365,34 +364,6 @@ impl Reader {
     fn schema(&self) -> u32 {
         let got = self.db.query_row("PRAGMA user_version", [], |row| row.get::<_, i64>(0));
         got.ok().and_then(|n| u32::try_from(n).ok()).unwrap_or(0)
-    }
-}
-
-/// A copy of main file and log in a private directory, removed with it.
-struct PrivateCopy {
-    dir: PathBuf,
-    main: PathBuf,
-}
-
-impl PrivateCopy {
-    fn of(db: &Path, bytes: u64) -> Result<PrivateCopy> {
-        let what = || format!("copying {} to read it", db.display());
-        if bytes.saturating_add(log_len(db)) > COPY_LIMIT_BYTES {
-            return Err(Error::new(Kind::NoSpace, what(), "it is too large to copy"));
-        }
-        let dir = crate::salvage::private_dir(&std::env::temp_dir())?;
-        let copy = PrivateCopy { main: dir.join("db"), dir };
-        for suffix in ["", "-wal"] {
-            let (from, to) = (beside(db, suffix), beside(&copy.main, suffix));
-            crate::salvage::copy_bounded(&from, &to, COPY_LIMIT_BYTES)?;
-        }
-        Ok(copy)
-    }
-}
-
-impl Drop for PrivateCopy {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 

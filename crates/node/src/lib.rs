@@ -6,6 +6,7 @@
 //! is the listener that holds the node's databases open.
 
 pub mod config;
+pub mod copies;
 pub mod find;
 pub mod gates;
 pub mod http;

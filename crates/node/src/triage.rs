@@ -383,8 +383,22 @@ fn schema(node: &Node, deadline: Deadline, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Files that the gateway must read and write and that do not belong to its user.
-fn ownership(node: &Node, findings: &mut Vec<Finding>) {
+/// A file that the gateway must read and write and may not, by its owner and mode.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreign {
+    /// Where.
+    pub path: PathBuf,
+    /// What it belongs to.
+    pub class: Class,
+    /// Its owner.
+    pub uid: u32,
+    /// Its mode bits.
+    pub mode: u32,
+}
+
+/// The files that the gateway must read and write and that do not let its user: mostly what a `sudo openclaw` has left.
+#[must_use]
+pub fn foreign(node: &Node) -> Vec<Foreign> {
     let mut paths: Vec<(PathBuf, Class)> = vec![
         (node.state_dir.clone(), Class::State),
         (node.config_path.clone(), Class::Config),
@@ -398,7 +412,7 @@ fn ownership(node: &Node, findings: &mut Vec<Finding>) {
     for (_, db) in node.agent_dbs() {
         paths.extend(["", "-wal", "-shm"].map(|s| (identity::beside(&db, s), Class::Sessions)));
     }
-    let mut wrong: Vec<(Class, String)> = Vec::new();
+    let mut wrong = Vec::new();
     for (path, class) in paths {
         let Ok(meta) = std::fs::symlink_metadata(&path) else { continue };
         if meta.is_symlink() {
@@ -406,15 +420,30 @@ fn ownership(node: &Node, findings: &mut Vec<Finding>) {
         }
         let bits = if meta.is_dir() { 0o7 } else { 0o6 };
         let kept = [4, 2, 1].iter().all(|b| bits & b == 0 || config::may(node, &meta, *b));
-        if !kept {
-            let mode = meta.mode() & 0o7777;
-            wrong.push((class, format!("{} belongs to {}, mode {mode:o}", path.display(), meta.uid())));
+        if !kept && !has_acl(&path) {
+            wrong.push(Foreign { path, class, uid: meta.uid(), mode: meta.mode() & 0o7777 });
         }
     }
-    if let Some((class, _)) = wrong.first() {
+    wrong
+}
+
+/// With an access list the mode bits do not say who may do what.
+fn has_acl(path: &Path) -> bool {
+    // A few entries; more do not fit, which is an answer too.
+    let mut list = [0_u8; 128];
+    match rustix::fs::lgetxattr(path, c"system.posix_acl_access", &mut list) {
+        Ok(bytes) => bytes > 0,
+        Err(e) => e == rustix::io::Errno::RANGE,
+    }
+}
+
+fn ownership(node: &Node, findings: &mut Vec<Finding>) {
+    let wrong = foreign(node);
+    if let Some(first) = wrong.first() {
         let what = format!("{} may not use files of its own node", node.user);
-        let f = finding(FaultKind::Permission, Some(*class), what);
-        findings.push(with(f, wrong.iter().map(|(_, w)| w.clone())));
+        let lines =
+            wrong.iter().map(|w| format!("{} belongs to {}, mode {:o}", w.path.display(), w.uid, w.mode));
+        findings.push(with(finding(FaultKind::Permission, Some(first.class), what), lines));
     }
     if read_only(&node.state_dir) {
         let what = format!("the file system of {} is read-only", node.state_dir.display());

@@ -1,8 +1,10 @@
 //! Whether an npm or `openclaw update` is at work on this node, seen on disk and in `/proc`, never by a name.
 //!
 //! At work means: a staging directory beside the package that changed within the last minute, or a process of
-//! another's than the gateway's own family with its working directory or an open file under the prefix's packages,
-//! or the program's own offline maintenance holding the state lock. A leftover that nobody touches is not an update.
+//! another's than the gateway's own family that has a file of the package or of its staging open for writing, or one that
+//! works in them while such a staging directory lies there, or the program's own offline maintenance holding the state
+//! lock. A leftover that nobody touches is not an update; nor is a shell that somebody left in the program's directory,
+//! nor work on another package beside it, nor a file that somebody has kept open for longer than any install takes.
 
 use crate::{Node, lock};
 use host::process::{ProcessId, all_pids, descendants};
@@ -12,6 +14,9 @@ use std::path::{Path, PathBuf};
 
 /// A staging directory that was touched within this time is being filled.
 const STAGING_FRESH_MS: u64 = 60_000;
+/// No install takes longer: a staging directory untouched for this long is a leftover, whoever stands in it, and who has
+/// kept an older file open for longer than this installs nothing.
+const INSTALL_MOST_MS: u64 = 1_800_000;
 /// Entries of `node_modules` that are looked at.
 const ENTRIES_LIMIT: usize = 8_192;
 /// Directories of a staging tree whose times are looked at for progress.
@@ -36,17 +41,31 @@ pub fn at_work(node: &Node) -> Option<String> {
 #[must_use]
 pub fn look(node: &Node) -> Option<UpdateAtWork> {
     if let Some(holder) = lock::other_holder(node) {
-        let what = format!("{} (process {}) holds the node's state lock", holder.role, holder.id.pid);
-        return Some(UpdateAtWork { what, progress: holder.id.stat().map_or(0, |s| s.cpu_ms) });
+        return Some(UpdateAtWork {
+            what: held(&holder),
+            progress: holder.id.stat().map_or(0, |s| s.cpu_ms),
+        });
     }
     let staged = staging(node);
     let progress = staged.iter().map(|p| stamp(p)).fold(stamp(&node.package_dir), u64::wrapping_add);
     if let Some(dir) = staged.iter().find(|d| fresh(d)) {
         return Some(UpdateAtWork { what: format!("{} is being written to", dir.display()), progress });
     }
-    let worker = worker(node, &ourselves())?;
+    let installing = staged.iter().any(|d| changed_ms(d).is_some_and(|ms| ms < INSTALL_MOST_MS));
+    let worker = worker(node, &ourselves(), installing)?;
     let cpu = worker.0.stat().map_or(0, |s| s.cpu_ms);
     Some(UpdateAtWork { what: worker.1, progress: progress.wrapping_add(cpu) })
+}
+
+/// In words, the offline maintenance that is at work on the state itself, if any: an update of the program leaves state
+/// alone until it starts it.
+#[must_use]
+pub fn of_state(node: &Node) -> Option<String> {
+    lock::other_holder(node).as_ref().map(held)
+}
+
+fn held(holder: &lock::OtherHolder) -> String {
+    format!("{} (process {}) holds the node's state lock", holder.role, holder.id.pid)
 }
 
 /// The staging directories beside the package, fresh or left over: npm's `.openclaw-XXXXXXXX`, the program's own.
@@ -114,10 +133,9 @@ fn ourselves() -> HashSet<u32> {
     descendants(us).iter().map(|d| d.pid).chain([us]).collect()
 }
 
-/// A process outside of the gateway's family and of ours that works under the packages: in them, or with a file of them open
-/// for writing.
-fn worker(node: &Node, own: &HashSet<u32>) -> Option<(ProcessId, String)> {
-    let packages = node.package_dir.parent()?.to_path_buf();
+/// A process outside of the gateway's family and of ours that works on the package: with a file of it or of its staging
+/// open for writing or, while something is `installing`, from within them (a lifecycle script writes elsewhere for long).
+fn worker(node: &Node, own: &HashSet<u32>, installing: bool) -> Option<(ProcessId, String)> {
     let mut family = own.clone();
     if let Some(gateway) = lock::read(node).map(|l| l.id).filter(|id| id.alive()) {
         family.insert(gateway.pid);
@@ -128,12 +146,13 @@ fn worker(node: &Node, own: &HashSet<u32>) -> Option<(ProcessId, String)> {
             continue;
         }
         let Some(id) = ProcessId::of(pid) else { continue };
-        let works = node.package_dir.clone();
-        if id.cwd().is_some_and(|d| d.starts_with(&works) || is_under_staging(&d, &packages)) {
-            return Some((id, format!("process {pid} works in {}", works.display())));
+        if installing && id.cwd().is_some_and(|d| is_of_package(node, &d)) {
+            return Some((id, format!("process {pid} works in {}", node.package_dir.display())));
         }
-        if let Some((_, file)) =
-            id.open_files().into_iter().find(|(fd, f)| f.starts_with(&packages) && writes(pid, *fd))
+        if let Some((_, file)) = id
+            .open_files()
+            .into_iter()
+            .find(|(fd, f)| is_of_package(node, f) && writes(pid, *fd) && is_new(id, f))
         {
             return Some((id, format!("process {pid} writes {}", file.display())));
         }
@@ -141,9 +160,31 @@ fn worker(node: &Node, own: &HashSet<u32>) -> Option<(ProcessId, String)> {
     None
 }
 
-fn is_under_staging(dir: &Path, packages: &Path) -> bool {
-    let inner = dir.strip_prefix(packages).ok().and_then(|r| r.components().next());
-    inner.is_some_and(|c| is_staging(&c.as_os_str().to_string_lossy(), "openclaw"))
+/// Whether this writer or what it writes is young enough for an install. A log that was once directed into the program's
+/// directory is written for ever, by a process as old.
+fn is_new(writer: ProcessId, file: &Path) -> bool {
+    /// `/proc/PID/stat` counts in hundredths of a second since boot.
+    const MS_PER_TICK: u64 = 10;
+    let runs_ms = host::clock::now().ms.saturating_sub(writer.start_ticks.saturating_mul(MS_PER_TICK));
+    let made = std::fs::symlink_metadata(file).and_then(|m| m.created()).ok();
+    let age = made.and_then(|t| t.elapsed().ok()).and_then(|age| u64::try_from(age.as_millis()).ok());
+    may_install(runs_ms, age)
+}
+
+fn may_install(runs_ms: u64, file_age_ms: Option<u64>) -> bool {
+    runs_ms < INSTALL_MOST_MS || file_age_ms.is_some_and(|ms| ms < INSTALL_MOST_MS)
+}
+
+/// Whether a path lies in the package itself or in its staging.
+fn is_of_package(node: &Node, path: &Path) -> bool {
+    if path.starts_with(&node.package_dir) {
+        return true;
+    }
+    let (Some(packages), Some(name)) = (node.package_dir.parent(), node.package_dir.file_name()) else {
+        return false;
+    };
+    let inner = path.strip_prefix(packages).ok().and_then(|r| r.components().next());
+    inner.is_some_and(|c| is_staging(&c.as_os_str().to_string_lossy(), &name.to_string_lossy()))
 }
 
 /// Whether a descriptor is open for writing: the last octal digit of its flags is the access mode.
@@ -189,22 +230,61 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_writes_under_the_packages_is_an_update() {
+    fn an_old_process_with_an_old_file_open_installs_nothing() {
+        let (young, old) = (INSTALL_MOST_MS - 1, INSTALL_MOST_MS);
+        assert!(may_install(young, None) && may_install(young, Some(old)));
+        assert!(may_install(old, Some(young)), "a daemon that has just begun to fetch");
+        assert!(!may_install(old, Some(old)) && !may_install(old, None));
+    }
+
+    /// A process with this working directory, and with its output in this file.
+    fn somebody(cwd: &Path, out: Option<&Path>) -> Ended {
+        let mut command = std::process::Command::new("sleep");
+        command.arg("60").current_dir(cwd);
+        if let Some(out) = out {
+            command.stdout(std::fs::File::create(out).expect("file"));
+        }
+        // Both are set before exec, so they show as soon as spawn returns.
+        Ended(command.spawn().expect("sleep"))
+    }
+
+    struct Ended(std::process::Child);
+
+    impl Drop for Ended {
+        #[allow(clippy::disallowed_methods, reason = "a killed child is reaped at once")]
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn who_writes_the_package_or_its_staging_is_an_update_and_who_only_stands_there_is_not() {
         let dir = tempfile::tempdir().expect("dir");
         let node = node_at(dir.path());
         std::fs::create_dir_all(&node.package_dir).expect("mkdir");
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .current_dir(&node.package_dir)
-            .spawn()
-            .expect("sleep");
-        // Its working directory is set before exec, so it shows as soon as spawn returns.
-        let seen = worker(&node, &HashSet::new());
-        let ours = worker(&node, &ourselves());
-        child.kill().expect("kill");
-        #[allow(clippy::disallowed_methods)]
-        child.wait().expect("reap");
-        assert!(seen.is_some_and(|(id, what)| id.pid == child.id() && what.contains("works in")));
-        assert_eq!(ours, None, "our own steps are no update");
+        let beside = node.package_dir.with_file_name("other");
+        std::fs::create_dir_all(&beside).expect("mkdir");
+        let stage = node.package_dir.with_file_name(".openclaw-aB3dE5gH");
+        let seen = || worker(&node, &HashSet::new(), false).map(|(id, what)| (id.pid, what));
+
+        let shell = somebody(&node.package_dir, None);
+        assert_eq!(seen(), None, "a shell that was left there");
+        let works = worker(&node, &HashSet::new(), true);
+        assert!(works.is_some_and(|(id, what)| id.pid == shell.0.id() && what.contains("works in")));
+        drop(shell);
+
+        let other = somebody(dir.path(), Some(&beside.join("log")));
+        assert_eq!(seen(), None, "another package's work");
+        drop(other);
+
+        let npm = somebody(dir.path(), Some(&node.package_dir.join("index.js")));
+        assert!(seen().is_some_and(|(pid, what)| pid == npm.0.id() && what.contains("writes")));
+        assert_eq!(worker(&node, &ourselves(), true), None, "our own steps are no update");
+        drop(npm);
+
+        std::fs::create_dir(&stage).expect("mkdir");
+        let npm = somebody(dir.path(), Some(&stage.join("index.js")));
+        assert!(seen().is_some_and(|(pid, what)| pid == npm.0.id() && what.contains("writes")));
     }
 }

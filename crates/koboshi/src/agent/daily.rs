@@ -3,7 +3,8 @@
 
 use super::runner::Running;
 use super::{Agent, notices, runner};
-use crate::config::NodeChannels;
+use crate::agent::copies::Known;
+use crate::config::{Backup, NodeChannels};
 use crate::patient;
 use crate::step::{Answer, SCRUB_PORTIONS, Work};
 use engine::{Class, FaultKind, Finding, IncidentKind, Moment};
@@ -26,6 +27,13 @@ const SWEEP_CPU_SHARE: f64 = 800.0;
 const SWEEP_WALL_SHARE: f64 = 200.0;
 /// Under more pressure than this (PSI some avg10, percent) the sweep waits.
 const PRESSURE_LIMIT_PERCENT: f32 = 20.0;
+/// But no longer than this: a machine that is always pressed (a nightly job that never ends, a dying disk) needs its
+/// backups more than any other.
+const PRESSURE_MOST_MS: u64 = 600_000;
+/// How old the copies are is looked at this often at most.
+const STALE_EVERY_MS: u64 = 600_000;
+/// And not before a new agent has had the time for its first look.
+const STALE_FIRST_MS: u64 = 60_000;
 /// A state snapshot's period is at least this many times its cost.
 const STATE_COST_SHARE: f64 = 100.0;
 /// A file that somebody still edits is looked at again after this.
@@ -98,7 +106,14 @@ pub struct Daily {
     baseline_at: Option<Moment>,
     /// The owner asked for a new baseline: also in the middle of an incident, which may be about just that.
     accepted: bool,
+    stale_at: Moment,
     stale_told: Option<Moment>,
+    /// What is known of the good copies' ages, by this agent and those before it.
+    known: Known,
+    /// The snapshot that is due was asked for by a person: what was found on the disk may be just what it is about.
+    by_hand: bool,
+    /// Since when a look has waited for the machine to have time for it.
+    pressed_since: Option<Moment>,
     trouble: Option<String>,
     settled: bool,
     /// Candidates refused in a row: each makes the next one wait longer.
@@ -106,7 +121,8 @@ pub struct Daily {
 }
 
 impl Daily {
-    pub(super) fn new(now: Moment) -> Daily {
+    pub(super) fn new(now: Moment, config: &Backup, known: Known) -> Daily {
+        let first_ms = STALE_FIRST_MS.min(stale_every_ms(config.stale_after_s));
         Daily {
             job: None,
             delivery: None,
@@ -128,7 +144,11 @@ impl Daily {
             config_seen: None,
             baseline_at: None,
             accepted: false,
+            stale_at: now.plus_ms(first_ms),
             stale_told: None,
+            known,
+            by_hand: false,
+            pressed_since: None,
             trouble: None,
             settled: false,
             refused: 0,
@@ -168,11 +188,13 @@ impl Daily {
         self.baseline_at = Some(now);
         self.accepted = true;
         self.snapshot_at = Some((now, Vec::new(), "accepted by the owner".into()));
+        self.by_hand = true;
         self.settled = false;
     }
 
     pub(super) fn snapshot_by_hand(&mut self, now: Moment, note: &str) {
         self.snapshot_at = Some((now, Vec::new(), note.to_owned()));
+        self.by_hand = true;
         self.settled = false;
     }
 
@@ -197,6 +219,7 @@ impl Daily {
         if self.beat.is_none() {
             due.extend(self.beat_at);
         }
+        due.push(self.stale_at);
         due.extend(self.job_deadline());
         due.extend([&self.delivery, &self.beat].into_iter().flatten().map(|r| r.deadline.moment()));
         due.into_iter().min_by_key(|m| m.ms)
@@ -245,6 +268,56 @@ impl Daily {
             let _ = running.kill();
         }
     }
+}
+
+fn stale_every_ms(stale_after_s: u64) -> u64 {
+    /// However short a limit is asked for.
+    const LEAST_MS: u64 = 500;
+    (stale_after_s.saturating_mul(1000) / 4).clamp(LEAST_MS, STALE_EVERY_MS)
+}
+
+/// Whether a look that is due may be taken: on a machine that is not pressed, or that has been for as long as it is waited
+/// for. `since` is when the waiting began.
+fn may_look(pressed: bool, since: &mut Option<Moment>, now: Moment) -> bool {
+    let began = *since.get_or_insert(now);
+    let may = !pressed || now.since_ms(began).is_none_or(|ms| ms >= PRESSURE_MOST_MS);
+    if may {
+        *since = None;
+    }
+    may
+}
+
+/// The classes of which these findings leave no doubt that what lies there is worth keeping. A damaged program is no
+/// reason to take no copy of what its user writes: it is the very moment for one.
+fn beyond_doubt(findings: &[Finding]) -> Vec<Class> {
+    let mut classes = Class::ALL.to_vec();
+    for finding in findings {
+        match finding.kind {
+            FaultKind::ConfigBroken => classes.retain(|c| *c != Class::Config),
+            FaultKind::RootMissing
+            | FaultKind::DatabaseCorrupt
+            | FaultKind::Amnesia
+            | FaultKind::SchemaNewer => match finding.class {
+                Some(one @ (Class::Workspace | Class::Credentials)) => classes.retain(|c| *c != one),
+                Some(one) if one.converges() => classes.retain(|c| !c.converges()),
+                // Databases of two moments would not fit each other, and what lies beside them may be as young.
+                Some(_) | None => classes.retain(|c| c.converges() || *c == Class::Config),
+            },
+            FaultKind::FilesDamaged | FaultKind::RuntimeUnfit | FaultKind::UpdateAtWork => {
+                classes.retain(|c| !c.converges());
+            }
+            FaultKind::ProcessGone
+            | FaultKind::Hung
+            | FaultKind::ServiceLatched
+            | FaultKind::PortTaken
+            | FaultKind::Permission
+            | FaultKind::DiskFull
+            | FaultKind::OwnersWill
+            | FaultKind::BackupStale
+            | FaultKind::Notice => {}
+        }
+    }
+    classes
 }
 
 fn past(now: Moment, at: Moment) -> bool {
@@ -324,6 +397,7 @@ impl Agent {
                     "snapshot {id} taken in {wall_ms:.0} ms; it is trusted once the node has served on"
                 ));
                 self.daily.trouble = None;
+                self.daily.by_hand = false;
                 self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s.saturating_mul(1000)));
                 self.settling.begin();
                 if matches!(job, Job::Snapshot { classes } if with_state(classes)) {
@@ -433,7 +507,6 @@ impl Agent {
             self.daily.tidy_at = Some(now.plus_ms(RETRY_MS));
         }
         let need = exam.need;
-        let compared = exam.unknown.is_none();
         let findings = exam.findings.clone();
         if let Some(why) = notices::short_of_space(&findings, exam.low.as_deref())
             && self.notices.tell(alert::Notice::DiskLow, now)
@@ -443,12 +516,7 @@ impl Agent {
         self.keep(exam, Care::Quick);
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
         match need {
-            Need::Nothing => {
-                self.stale(now);
-                if serving && compared && self.book.state().incident.is_none() {
-                    self.backups(now);
-                }
-            }
+            Need::Nothing => {}
             Need::Later => self.daily.examine_by(now.plus_ms(LOOK_AGAIN_MS)),
             Need::InPlace | Need::Interruption => {
                 let kind = if need == Need::InPlace { IncidentKind::Latent } else { IncidentKind::Damage };
@@ -456,6 +524,9 @@ impl Agent {
                     self.damaged(kind, findings);
                 }
             }
+        }
+        if serving {
+            self.backups(now);
         }
     }
 
@@ -467,8 +538,17 @@ impl Agent {
             self.judge.config_checked(checked);
             self.save_baseline();
         }
+        if self.daily.known.learn(&exam.ages_s, clock::wall().as_second()) {
+            self.keep_known();
+        }
         self.exam = Some(exam);
         self.exam_taken = Some((clock::now(), care));
+    }
+
+    pub(super) fn keep_known(&self) {
+        if let Err(e) = self.daily.known.save(&self.places) {
+            self.say(&e.to_string());
+        }
     }
 
     fn save_baseline(&self) {
@@ -502,7 +582,8 @@ impl Agent {
         }
     }
 
-    /// Decides what of the backups of daily operation is due. Called when node and disk are well.
+    /// Decides what of the backups of daily operation is due. Called when the node serves and its disk was looked at: what
+    /// was found there says of which classes a copy is worth taking.
     fn backups(&mut self, now: Moment) {
         let Some(exam) = &self.exam else {
             return;
@@ -512,20 +593,28 @@ impl Agent {
         }
         let config_now = stamp(std::slice::from_ref(&self.node.config_path));
         let state_now = exam.users;
-        if exam.snapshot.is_none() {
+        let (first, version) = (exam.snapshot.is_none(), exam.version.clone());
+        let (whole, takeable) = (self.is_whole(), self.takeable(now));
+        let config_changed = self.daily.config_seen.is_some_and(|seen| seen != config_now);
+        let (now_s, limit_s) = (clock::wall().as_second(), self.config.backup.stale_after_s);
+        if first && !takeable.is_empty() {
             self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));
-        } else if exam.version.is_some()
-            && exam.version != self.node.package_version()
+        } else if whole
+            && version.is_some()
+            && version != self.node.package_version()
             && self.runs_what_lies_there(now)
         {
             self.daily.snapshot_at = Some((now, Vec::new(), "a new version serves".into()));
-        } else if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
+        } else if config_changed && takeable.contains(&Class::Config) {
             self.daily.snapshot_at = Some((now, vec![Class::Config], "the config was changed".into()));
-        } else if self.state_due(now, state_now) {
+        } else if takeable.contains(&Class::State) && self.state_due(now, state_now) {
             let classes =
                 vec![Class::Config, Class::Credentials, Class::State, Class::Sessions, Class::Workspace];
             self.daily.snapshot_at = Some((now, classes, "daily operation".into()));
-        } else {
+        } else if self.daily.known.wants_another(&takeable, limit_s, now_s) {
+            // Unchanged classes are carried over for nothing; a look proves that they are unchanged.
+            self.daily.snapshot_at = Some((now, Vec::new(), "the last good one grows old".into()));
+        } else if whole {
             self.daily.settled = true;
         }
         if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
@@ -571,24 +660,18 @@ impl Agent {
         }
     }
 
-    /// No good snapshot for too long is told, once a day.
+    /// No good snapshot for too long is told, once a day: on a timer of its own and from what is remembered, because
+    /// whatever keeps snapshots from being taken (damage that lasts, a machine that is always pressed, looks that fail) must
+    /// not keep that from being known.
     fn stale(&mut self, now: Moment) {
         let limit_s = self.config.backup.stale_after_s;
-        let Some(exam) = &self.exam else {
+        if !past(now, self.daily.stale_at) {
             return;
-        };
-        let oldest = exam.ages_s.iter().max_by_key(|(_, age)| **age);
-        let why = match oldest {
-            Some((class, age)) if *age > limit_s => {
-                format!("the newest good copy of the {class} is {} hours old", age / 3600)
-            }
-            None if now.since_ms(self.born).is_some_and(|ms| ms > limit_s * 1000) => {
-                format!("there has been no good snapshot for {} hours", limit_s / 3600)
-            }
-            Some(_) | None => {
-                self.daily.stale_told = None;
-                return;
-            }
+        }
+        self.daily.stale_at = now.plus_ms(stale_every_ms(limit_s));
+        let Some(why) = self.daily.known.stale(limit_s, clock::wall().as_second()) else {
+            self.daily.stale_told = None;
+            return;
         };
         let told =
             self.daily.stale_told.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < limit_s * 1000);
@@ -596,16 +679,13 @@ impl Agent {
             self.daily.stale_told = Some(now);
             self.notice(alert::Notice::BackupStale, &why);
         }
-        if self.daily.snapshot_at.is_none() {
-            // Unchanged classes are carried over for nothing; a look proves that they are unchanged.
-            self.daily.snapshot_at = Some((now, Vec::new(), "the last good one is old".into()));
-        }
     }
 
     /// Spawns what is due.
     pub(super) fn due_jobs(&mut self) {
         let now = clock::now();
         self.take_baseline(now);
+        self.stale(now);
         if self.daily.delivery.is_none() && self.daily.deliver_at.is_some_and(|at| past(now, at)) {
             self.daily.deliver_at = None;
             let deadline = Deadline::after(DELIVER_LIMIT);
@@ -623,23 +703,19 @@ impl Agent {
             return;
         }
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving() && j.confirmed);
-        let (job, work, limit) = if let Some((at, classes, note)) =
-            self.daily.snapshot_at.clone().filter(|(at, _, _)| serving && past(now, *at))
-        {
-            let _ = at;
+        let (job, work, limit) = if let Some((classes, note)) = self.snapshot_due(now, serving) {
             self.daily.snapshot_at = None;
-            let classes = self.proven_classes(now, classes);
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
         } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at))
             && self.served_for_settling()
         {
             self.daily.settle_at = None;
             (Job::Settle, Work::Settle, SETTLE_LIMIT)
-        } else if self.daily.tidy_at.is_some_and(|at| serving && past(now, at))
-            && self.book.state().incident.is_none()
-        {
+        } else if self.daily.tidy_at.is_some_and(|at| serving && past(now, at)) {
             self.daily.tidy_at = None;
-            (Job::Tidy, Work::Tidy, TIDY_LIMIT)
+            // What an open incident has put aside is its own; the store must not outgrow its limit meanwhile.
+            let store_only = self.book.state().incident.is_some();
+            (Job::Tidy, Work::Tidy { store_only }, TIDY_LIMIT)
         } else if self.daily.contacts_at.is_some_and(|at| serving && past(now, at))
             && self.places.key_file.exists()
         {
@@ -648,7 +724,8 @@ impl Agent {
                 return;
             }
             (Job::Contacts, Work::Contacts, CONTACTS_LIMIT)
-        } else if past(now, self.daily.examine_at) && !self.pressed() {
+        } else if past(now, self.daily.examine_at) && may_look(pressed(), &mut self.daily.pressed_since, now)
+        {
             self.daily.examine_at = now.plus_ms(SWEEP_MOST_MS as u64);
             let users = serving && past(now, self.daily.state_at);
             self.daily.state_wanted |= users;
@@ -692,7 +769,7 @@ impl Agent {
         if !past(now, at) {
             return false;
         }
-        let quiet = serving && self.book.state().incident.is_none() && !self.pressed();
+        let quiet = serving && self.book.state().incident.is_none() && !pressed();
         self.daily.scrub_at = Some(now.plus_ms(if quiet { period_ms } else { RETRY_MS }));
         quiet
     }
@@ -702,15 +779,41 @@ impl Agent {
         self.settling.served_ms() >= self.config.backup.settle_s.saturating_mul(1000)
     }
 
-    /// The classes of a snapshot that may be taken now: a program that lies there and never ran is not taken where an
-    /// older snapshot still holds the one that did.
-    fn proven_classes(&self, now: Moment, classes: Vec<Class>) -> Vec<Class> {
-        let first = self.exam.as_ref().is_none_or(|e| e.snapshot.is_none());
-        if first || self.runs_what_lies_there(now) {
-            return classes;
+    /// The snapshot that is due now, with the classes of it that may be taken. One of which nothing may be taken waits.
+    fn snapshot_due(&mut self, now: Moment, serving: bool) -> Option<(Vec<Class>, String)> {
+        let (_, classes, note) =
+            self.daily.snapshot_at.clone().filter(|(at, _, _)| serving && past(now, *at))?;
+        let takeable = self.takeable(now);
+        let wanted = if classes.is_empty() { Class::ALL.to_vec() } else { classes.clone() };
+        let taken: Vec<Class> = wanted.into_iter().filter(|c| takeable.contains(c)).collect();
+        if taken.is_empty() {
+            self.daily.snapshot_at = Some((now.plus_ms(RETRY_MS), classes, note));
+            return None;
         }
-        let wanted = if classes.is_empty() { Class::ALL.to_vec() } else { classes };
-        wanted.into_iter().filter(|c| !matches!(c, Class::Program | Class::Runtime)).collect()
+        Some((taken, note))
+    }
+
+    /// Whether the last look found nothing wrong, nothing unknown, and no incident is about anything else.
+    fn is_whole(&self) -> bool {
+        self.book.state().incident.is_none()
+            && self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing && e.unknown.is_none())
+    }
+
+    /// The classes of which a copy may be taken now. A program that lies there and never ran is not taken where an older
+    /// snapshot still holds the one that did; one that is damaged is not, and what is damaged of the user's is not.
+    fn takeable(&self, now: Moment) -> Vec<Class> {
+        let Some(exam) = &self.exam else {
+            return Class::ALL.to_vec();
+        };
+        let mut classes = Class::ALL.to_vec();
+        if exam.snapshot.is_some() && !self.runs_what_lies_there(now) {
+            classes.retain(|c| !matches!(c, Class::Program | Class::Runtime));
+        }
+        if !self.daily.by_hand && !self.is_whole() {
+            let sound = beyond_doubt(&exam.findings);
+            classes.retain(|c| !c.converges() && sound.contains(c));
+        }
+        classes
     }
 
     /// Whether the program on disk is the one that serves: unchanged since the gateway was started, or the very one
@@ -735,11 +838,6 @@ impl Agent {
             || [&self.node.package_dir.join("package.json"), &self.node.entry, &self.node.node_bin]
                 .iter()
                 .all(|p| older(p))
-    }
-
-    pub(super) fn pressed(&self) -> bool {
-        let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
-        over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
     }
 
     /// The baseline of a node that was just confirmed to serve, unless something about it is off: then the old one
@@ -868,6 +966,11 @@ impl Agent {
     }
 }
 
+pub(super) fn pressed() -> bool {
+    let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
+    over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
+}
+
 /// Whether a snapshot of these classes (all when none are named) holds the state.
 fn with_state(classes: &[Class]) -> bool {
     classes.is_empty() || classes.contains(&Class::State)
@@ -920,7 +1023,7 @@ mod tests {
     #[test]
     fn a_look_asked_for_while_another_looks_is_not_put_off() {
         let at = |ms| Moment { boot: 1, ms };
-        let mut daily = Daily::new(at(0));
+        let mut daily = Daily::new(at(0), &Backup::default(), Known::default());
         // The look begins: the next one is far off until its cost is known.
         daily.examine_at = at(1_000_000);
         daily.examine_by(at(60_000));
@@ -929,5 +1032,43 @@ mod tests {
         daily.examine_soon(at(5_000));
         daily.examine_by(at(70_000));
         assert_eq!(daily.examine_at, at(5_000));
+    }
+
+    #[test]
+    fn pressure_puts_a_look_off_and_does_not_keep_it_off() {
+        let at = |ms| Moment { boot: 1, ms };
+        let mut since = None;
+        assert!(may_look(false, &mut since, at(0)) && since.is_none());
+        assert!(!may_look(true, &mut since, at(1_000)));
+        assert!(!may_look(true, &mut since, at(1_000 + PRESSURE_MOST_MS - 1)));
+        assert!(may_look(true, &mut since, at(1_000 + PRESSURE_MOST_MS)));
+        // The next one waits anew, and one that may be taken leaves nothing behind.
+        assert!(!may_look(true, &mut since, at(2_000 + PRESSURE_MOST_MS)));
+        assert!(may_look(false, &mut since, at(3_000 + PRESSURE_MOST_MS)) && since.is_none());
+    }
+
+    #[test]
+    fn a_damaged_program_leaves_no_doubt_about_what_its_user_writes() {
+        let of = |kind, class| {
+            let finding = Finding { kind, class: Some(class), what: String::new(), evidence: Vec::new() };
+            beyond_doubt(&[finding])
+        };
+        let users = [Class::Config, Class::Credentials, Class::State, Class::Sessions, Class::Workspace];
+        for (kind, class) in [
+            (FaultKind::FilesDamaged, Class::Program),
+            (FaultKind::FilesDamaged, Class::Service),
+            (FaultKind::RuntimeUnfit, Class::Runtime),
+            (FaultKind::UpdateAtWork, Class::Program),
+        ] {
+            let left = of(kind, class);
+            assert!(users.iter().all(|c| left.contains(c)) && left.len() == users.len(), "{kind:?} {left:?}");
+        }
+        for kind in [FaultKind::DatabaseCorrupt, FaultKind::Amnesia, FaultKind::SchemaNewer] {
+            let left = of(kind, Class::State);
+            assert!(!left.contains(&Class::State) && !left.contains(&Class::Sessions), "{kind:?} {left:?}");
+        }
+        assert!(!of(FaultKind::ConfigBroken, Class::Config).contains(&Class::Config));
+        let left = of(FaultKind::RootMissing, Class::Workspace);
+        assert!(!left.contains(&Class::Workspace) && left.contains(&Class::State));
     }
 }

@@ -233,7 +233,7 @@ impl Agent {
             active_work: self.judge.active_work(),
             last_turn_s,
             waited_ms: self.home.ready_since.and_then(|at| now.since_ms(at)).unwrap_or(0),
-            pressed: self.pressed(),
+            pressed: super::daily::pressed(),
         })
     }
 

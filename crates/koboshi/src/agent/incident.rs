@@ -185,12 +185,26 @@ impl Agent {
             let update =
                 exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
             self.noticed(exam.findings);
-            if update.is_some() && kind == IncidentKind::Outage {
+            if update.is_some() && kind == IncidentKind::Outage && !self.waited_for_update(clock::now()) {
                 // Somebody else is repairing or replacing the program: the judge's limits say for how long that is
                 // waited for.
                 self.updating = update;
+                self.update_waited.get_or_insert(clock::now());
             }
         }
+    }
+
+    /// Whether the judge's patience with the update at work is over: it knows of it and says all the same that the node
+    /// does not serve. Hands that stayed off then would stay off for as long as somebody keeps a file open. A judge that
+    /// does not see it at all is believed a little later: its last search may be older than the update.
+    pub(super) fn waited_for_update(&self, now: Moment) -> bool {
+        /// Twice as long as one search serves.
+        const UNSEEN_MS: u64 = 10_000;
+        self.judgement.as_ref().is_some_and(|j| {
+            let knows = j.findings.iter().any(|f| f.kind == FaultKind::UpdateAtWork);
+            let long = self.update_waited.is_some_and(|at| now.since_ms(at).is_none_or(|ms| ms >= UNSEEN_MS));
+            matches!(j.verdict, Verdict::NotServing { .. }) && (knows || long)
+        })
     }
 
     pub(super) fn noticed(&mut self, findings: Vec<Finding>) {
@@ -625,20 +639,9 @@ impl Agent {
             return nothing("the disk could not be looked at in time".to_owned());
         };
         self.noticed(exam.findings.clone());
-        match (layer, exam.need) {
-            (_, Need::Nothing) => Claim::Ready { inputs: exam.inputs },
-            // A config that is being edited keeps nothing from starting that was clean otherwise.
-            (_, Need::Later) if layer == Layer::Restart => Claim::Ready { inputs: exam.inputs },
-            // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
-            (Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy, _)
-                if !exam.findings.iter().any(bars_a_start) =>
-            {
-                Claim::Ready { inputs: exam.inputs }
-            }
-            (_, Need::Later | Need::InPlace | Need::Interruption) => {
-                let still = exam.findings.iter().map(|f| f.what.as_str()).collect::<Vec<_>>().join("; ");
-                nothing(format!("the disk is not whole: {still}"))
-            }
+        match disk_allows_a_start(layer, &exam) {
+            Ok(()) => Claim::Ready { inputs: exam.inputs },
+            Err(still) => nothing(still),
         }
     }
 
@@ -969,6 +972,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     // With nothing to be seen on disk it comes after layer 0, and then reads every byte.
     let restore = match exam.and_then(|e| e.findings.iter().find(|f| outside(f))) {
         Some(finding) => Err(finding.what.clone()),
+        None if exam.is_some_and(|e| e.findings.iter().any(given_back)) => agent.space_gate(),
         None => snapshot,
     };
     let version = agent.version_to_install();
@@ -1009,9 +1013,45 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     rungs
 }
 
+/// What needs no snapshot: root gives files back to their user.
+fn given_back(finding: &Finding) -> bool {
+    finding.kind == FaultKind::Permission && rustix::process::geteuid().is_root()
+}
+
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.
 pub(super) fn outside(finding: &Finding) -> bool {
     matches!(finding.kind, FaultKind::PortTaken | FaultKind::DiskFull)
+}
+
+/// Whether the disk is as this layer's end wants it; else what is still in the way. What would make a start fail or do harm
+/// comes first, also where nothing on the disk could be repaired: starts are scarce.
+fn disk_allows_a_start(layer: Layer, exam: &Examination) -> Result<(), String> {
+    let all = exam.findings.iter();
+    let starts = match layer {
+        Layer::InPlace => false,
+        // It was chosen by a look that barred even more, but for a config that is being edited.
+        Layer::Restart => exam.need == Need::Nothing,
+        Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy | Layer::Emergency => {
+            true
+        }
+    };
+    let bars: Vec<&Finding> = all.filter(|f| starts && bars_a_start(f)).collect();
+    let told = |findings: &mut dyn Iterator<Item = &Finding>| {
+        findings.map(|f| f.what.as_str()).collect::<Vec<_>>().join("; ")
+    };
+    if !bars.is_empty() {
+        return Err(format!("a start would fail or do harm: {}", told(&mut bars.into_iter())));
+    }
+    match (layer, exam.need) {
+        (_, Need::Nothing) => Ok(()),
+        // A config that is being edited keeps nothing from starting that was clean otherwise.
+        (Layer::Restart, Need::Later) => Ok(()),
+        // What is left concerns nothing that a start needs or would harm, and restore has had its turn.
+        (Layer::Restore | Layer::SystemInstall | Layer::UserInstall | Layer::PeerCopy, _) => Ok(()),
+        (_, Need::Later | Need::InPlace | Need::Interruption) => {
+            Err(format!("the disk is not whole: {}", told(&mut exam.findings.iter())))
+        }
+    }
 }
 
 /// Whether even after a restore no start may be asked for. The workspace, credentials and single agents' databases are
@@ -1065,5 +1105,40 @@ mod tests {
         for layer in Layer::CLIMB {
             assert_eq!(holds(layer), layer != Layer::Restart, "{layer}");
         }
+    }
+
+    fn exam(need: Need, kind: Option<FaultKind>, class: engine::Class) -> Examination {
+        let findings: Vec<Finding> = kind
+            .map(|kind| Finding { kind, class: Some(class), what: "it is so".into(), evidence: Vec::new() })
+            .into_iter()
+            .collect();
+        serde_json::from_value(serde_json::json!({
+            "findings": findings, "need": need, "differences": [], "snapshot": null, "ages_s": {},
+            "version": null, "inputs": 1, "cpu_ms": 0.0, "wall_ms": 0.0
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn no_start_is_wasted_on_what_would_make_it_fail_although_nothing_can_be_repaired() {
+        use engine::Class;
+        for kind in [
+            FaultKind::RuntimeUnfit,
+            FaultKind::SchemaNewer,
+            FaultKind::PortTaken,
+            FaultKind::DiskFull,
+            FaultKind::Permission,
+        ] {
+            for layer in [Layer::Restore, Layer::SystemInstall, Layer::UserInstall, Layer::PeerCopy] {
+                let said = disk_allows_a_start(layer, &exam(Need::Nothing, Some(kind), Class::State));
+                assert!(said.is_err_and(|why| why.contains("it is so")), "{kind:?} {layer}");
+            }
+        }
+        let allows = |layer, need, kind, class| disk_allows_a_start(layer, &exam(need, kind, class)).is_ok();
+        assert!(allows(Layer::Restore, Need::Nothing, None, Class::State));
+        // A workspace that could not be brought back keeps nothing from serving.
+        assert!(allows(Layer::Restore, Need::InPlace, Some(FaultKind::RootMissing), Class::Workspace));
+        assert!(!allows(Layer::InPlace, Need::InPlace, Some(FaultKind::FilesDamaged), Class::Program));
+        assert!(!allows(Layer::PeerCopy, Need::Interruption, Some(FaultKind::RootMissing), Class::State));
     }
 }

@@ -5,6 +5,7 @@
 //! folds and goes on, and the gateway never notices.
 
 pub mod book;
+mod copies;
 mod daily;
 mod home;
 pub(crate) mod incident;
@@ -20,6 +21,7 @@ pub mod status;
 pub mod will;
 
 use crate::agent::book::Book;
+use crate::agent::copies::Known;
 use crate::agent::daily::Daily;
 use crate::agent::incident::Doing;
 use crate::agent::notices::Notices;
@@ -115,12 +117,13 @@ pub struct Agent {
     service_look: Option<(Moment, ServiceLook)>,
     /// An update that had the node down when it was last looked at. The judge's own limits end this patience.
     updating: Option<String>,
+    /// When it was first believed in since the node last served.
+    update_waited: Option<Moment>,
     /// The gateway process that a start of ours or a look has accounted for in the ration.
     counted: Option<ProcessId>,
     /// We asked for a start whose process has not been seen yet.
     asked_start: Option<Moment>,
     notifier: Option<Notifier>,
-    born: Moment,
     /// The unit was seen on its way down, or down, at this moment.
     unit_stopped: Option<Moment>,
     bare_stop: Option<Moment>,
@@ -210,7 +213,7 @@ impl Agent {
             prober: Prober::start()?,
             watch: Watch::new()?,
             users: UsersTrees::default(),
-            daily: Daily::new(now),
+            daily: Daily::new(now, &config.backup, Known::load(&places, clock::wall().as_second())),
             home: home::Homecoming::default(),
             doing: Doing::Nothing,
             step: None,
@@ -226,10 +229,10 @@ impl Agent {
             exam_due: Some(now),
             service_look: None,
             updating: None,
+            update_waited: None,
             counted: None,
             asked_start: None,
             notifier: Notifier::from_env().ok(),
-            born: now,
             unit_stopped: None,
             bare_stop: None,
             bare_stops: Vec::new(),
@@ -281,6 +284,7 @@ impl Agent {
         // A dead agent may have held the unit down for a repair; its undo is ours. An owner's stop outlives reboots.
         self.release();
         self.keep_stopped();
+        node::copies::keep_in(self.places.reading());
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
             if name.starts_with("job-") || name == responder::CONTAINER {
@@ -288,7 +292,9 @@ impl Agent {
             }
         }
         self.home_begins();
+        node::copies::sweep();
         self.watch_files();
+        self.keep_known();
         self.follow_gateway();
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();
@@ -670,8 +676,9 @@ impl Agent {
         let judgement = self.judge.observe(&look);
         self.next_look = clock::now().plus_ms(self.look_every_ms());
         self.follow_gateway();
+        // Known before it is heeded: what is opened now is opened in the light of it.
+        self.judgement = Some(judgement.clone());
         self.heed(&judgement);
-        self.judgement = Some(judgement);
     }
 
     fn look_every_ms(&self) -> u64 {
@@ -694,6 +701,7 @@ impl Agent {
             Verdict::Serving { .. } => {
                 self.told_left_alone = false;
                 self.updating = None;
+                self.update_waited = None;
                 self.bare_stop = None;
                 if self.will.by_stops {
                     // It serves again by its owner's hand: the stop that was obeyed is over.
@@ -711,7 +719,9 @@ impl Agent {
             }
             Verdict::NotServing { .. } => {
                 self.serving_since = None;
-                self.updating = None;
+                if self.waited_for_update(now) {
+                    self.updating = None;
+                }
             }
             Verdict::Inconclusive { .. } => {}
         }

@@ -113,6 +113,8 @@ fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
             places.will(),
             places.contacts(),
             places.scrub(),
+            places.copies(),
+            places.reading(),
             places.known_programs(),
             places.donate_key(),
         ]);

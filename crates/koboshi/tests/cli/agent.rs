@@ -16,7 +16,12 @@ pub fn until(fake: &Fake, what: &str, wanted: impl Fn(&Value) -> bool) -> Value 
             return object;
         }
         let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
-        assert!(!deadline.passed(), "never {what}: {object}\n{}", log());
+        assert!(
+            !deadline.passed(),
+            "never {what}: {object}\n{}\n{}",
+            log(),
+            fake.json(&["snapshot", "list"]).0
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
 }
@@ -334,4 +339,105 @@ fn an_agent_begins_where_nothing_can_be_written_anew() {
     let _agent = Agent::start(&fake);
     until(&fake, "served", |s| s["verdict"] == "serving");
     assert_eq!(of(&file), before, "what is remembered already is not written again");
+}
+
+/// A process of the test's own, ended with it.
+struct Ended(ProcessId);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::KILL);
+    }
+}
+
+/// Somebody in the program's directory, and perhaps with a file of it open for writing.
+#[allow(clippy::zombie_processes, reason = "it is ended by its identity; a zombie counts as gone")]
+fn somebody(fake: &Fake, writes: Option<&str>) -> Ended {
+    let mut command = std::process::Command::new("sleep");
+    command.arg("600").current_dir(fake.package());
+    if let Some(file) = writes {
+        command.stdout(std::fs::File::create(fake.package().join(file)).unwrap());
+    }
+    Ended(ProcessId::of(command.spawn().unwrap().id()).unwrap())
+}
+
+fn incidents(fake: &Fake) -> usize {
+    let (object, _) = fake.json(&["incidents", "list"]);
+    object["incidents"].as_array().unwrap().len()
+}
+
+#[test]
+fn a_shell_left_in_the_programs_directory_keeps_nobody_down() {
+    let fake = Fake::new();
+    fake.configure("[judge]\nupdate_stalled_ms = 2000\n");
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    // As somebody's terminal does that was left there after a look around.
+    let _shell = somebody(&fake, None);
+    fake.kill_gateway();
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    assert_eq!(incidents(&fake), 1, "nothing was waited for");
+}
+
+#[test]
+fn an_update_that_does_not_move_is_waited_for_once_and_then_climbed_over() {
+    let fake = Fake::new();
+    fake.configure("[judge]\nupdate_stalled_ms = 2000\n");
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    let _writer = somebody(&fake, Some("being-written.js"));
+    fake.kill_gateway();
+    // The judge's patience with it is over after 2 s.
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    let log = std::fs::read_to_string(fake.path("agent.log")).unwrap();
+    assert_eq!(log.matches("left alone: an update is at work").count(), 1, "{log}");
+    assert_eq!(incidents(&fake), 2, "each has a message of its own");
+}
+
+#[test]
+fn that_there_is_no_good_copy_is_told_although_the_program_is_damaged() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nstale_after_s = 2\n");
+    fake.start_gateway();
+    std::fs::write(fake.package().join("dist/entry.js"), "").unwrap();
+    let _agent = Agent::start(&fake);
+    wait_told(&fake, "has no recent good backup");
+    assert_eq!(told(&fake, "has no recent good backup"), 1);
+}
+
+#[test]
+fn what_the_user_writes_is_taken_and_trusted_although_the_program_is_damaged() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nstate_every_least_s = 1\nstate_every_most_s = 2\nsettle_s = 1\n");
+    // Nothing may mend it.
+    let config = std::fs::read_to_string(fake.config()).unwrap();
+    std::fs::write(fake.config(), config.replace("\"user-install\"]", "\"user-install\", \"in-place\"]"))
+        .unwrap();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    until(&fake, "settled", |s| s["agent"]["settled"] == true);
+    std::fs::write(fake.package().join("dist/entry.js"), "").unwrap();
+    until(&fake, "held", |s| s["agent"]["doing"].as_str().is_some_and(|d| d.contains("could not be mended")));
+    let newest_good = |s: &Value| s["snapshots"]["newest_good"].as_str().unwrap_or_default().to_owned();
+    let before = newest_good(&fake.json(&["status"]).0);
+    std::fs::write(fake.state().join("workspace/later.md"), "written on a damaged node").unwrap();
+    let status = until(&fake, "taken and trusted", |s| newest_good(s) != before);
+    let age = |class: &str| status["snapshots"]["good_age_s"][class].as_u64().unwrap();
+    assert!(age("workspace") < age("program"), "{status}");
+    // The damaged program is in none of them: what is good still holds the whole one.
+    let (object, _) = fake.json(&["snapshot", "list"]);
+    let notes = object["snapshots"].to_string();
+    assert!(notes.contains("daily operation"), "{notes}");
+    assert_eq!(std::fs::read(fake.package().join("dist/entry.js")).unwrap(), b"");
+    let id = newest_good(&status);
+    fake.koboshi(&["snapshot", "verify", &id]).code(0);
+    let config = std::fs::read_to_string(fake.config()).unwrap();
+    std::fs::write(fake.config(), config.replace(", \"in-place\"]", "]")).unwrap();
+    fake.kill_gateway();
+    until(&fake, "recovered", |s| s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving");
+    assert!(std::fs::read(fake.package().join("dist/entry.js")).unwrap().len() > 3_000);
+    assert!(fake.state().join("workspace/later.md").exists());
 }

@@ -92,6 +92,7 @@ fn a_purge_after_a_whole_life_leaves_only_what_others_put_there() {
         "state/nodes/main.json",
         "state/programs.json",
         "state/proof.json",
+        "state/reading/koboshi-1-2-3/db",
         "state/service.json",
         "state/tools/npm.tgz",
         "run/donate-0.lock",

@@ -126,7 +126,8 @@ pub fn preview(ladder: &Ladder) -> Vec<Planned> {
         .map(|layer| match ladder.applies(layer) {
             Err(reason) => Planned { layer, passed: Some(reason), work_ms: 0, end_ms: begun_ms },
             Ok(rung) => {
-                let later_ms: u64 = later(ladder, layer, &[]).map(|rung| limits.of(rung.least_slice_ms)).sum();
+                let later_ms: u64 =
+                    later(ladder, layer, &[]).map(|rung| limits.of(rung.least_slice_ms)).sum();
                 match slice(rung, limits, limits.of(CLIMB_WORK_MS).saturating_sub(begun_ms), later_ms) {
                     Err(reason) => Planned { layer, passed: Some(reason), work_ms: 0, end_ms: begun_ms },
                     Ok(slice) => {
@@ -518,7 +519,8 @@ impl Ask<'_> {
             Ok(action) => return action,
             Err(NoStart::Never(why)) => why,
             Err(NoStart::Later(free_ms)) => {
-                let least_ms = self.ladder.rung(turn.layer).map_or(0, |rung| self.limits.of(rung.start_least_ms));
+                let least_ms =
+                    self.ladder.rung(turn.layer).map_or(0, |rung| self.limits.of(rung.start_least_ms));
                 if free_ms.saturating_add(least_ms) <= turn.end_ms {
                     return self.idle(Some(free_ms));
                 }

@@ -135,7 +135,8 @@ fn divided_limits_shorten_a_climb_as_a_whole() {
         let mut ladder = ladder();
         ladder.limits = Limits::divided(divisor).unwrap();
         let by = u64::from(divisor);
-        let (state, journal) = climb(Script { work_ms: None, start_ms: None }, &mut ladder, IncidentKind::Outage);
+        let (state, journal) =
+            climb(Script { work_ms: None, start_ms: None }, &mut ladder, IncidentKind::Outage);
         assert!(state.in_emergency());
         assert!(work_ms(&journal, Layer::SystemInstall) >= 120_000 / by);
         assert!(took(&journal) <= 545_000 / by + 100, "{divisor}: {}", took(&journal));
@@ -174,7 +175,10 @@ fn a_climb_keeps_the_limits_it_began_under() {
     assert!(!old.contains("limits"), "{old}");
     let absurd = r#"{"at":{"boot":1,"ms":3},"event":{"type":"climb-began","climb":1,"full":false,"limits":0,"why":""}}"#;
     let mut fresh = State::replay(journal.iter().take(1)).unwrap();
-    assert!(apply(&mut fresh, &serde_json::from_str(absurd).unwrap()).is_err(), "nothing is divided by nothing");
+    assert!(
+        apply(&mut fresh, &serde_json::from_str(absurd).unwrap()).is_err(),
+        "nothing is divided by nothing"
+    );
 }
 
 #[test]
@@ -227,7 +231,16 @@ fn a_slow_start_that_progresses_gets_the_later_layers_slices() {
     write(
         &mut state,
         &mut journal,
-        Record::new(at(0), Event::ClimbBegan { climb: 1, full: false, only: None, limits: Limits::default(), why: String::new() }),
+        Record::new(
+            at(0),
+            Event::ClimbBegan {
+                climb: 1,
+                full: false,
+                only: None,
+                limits: Limits::default(),
+                why: String::new(),
+            },
+        ),
     );
     // Somebody's start is under way: it is waited for to the end of the climb's work.
     match next(&state, &ladder, at(1)) {

@@ -12,7 +12,7 @@
 mod stage;
 
 use crate::{Bench, Report, quiet, trees};
-use engine::Class;
+use engine::{Class, Limits};
 use host::clock::{self, Deadline};
 use host::exchange::{self, Swapped};
 use host::{Context, Error, Kind, Result, files};
@@ -261,6 +261,7 @@ struct Copy<'a> {
     stages: Vec<(Tree, Stage)>,
     waiting: Vec<Heard>,
     deadline: Deadline,
+    limits: Limits,
 }
 
 impl<'a> Copy<'a> {
@@ -278,6 +279,7 @@ impl<'a> Copy<'a> {
             stages: Vec::new(),
             waiting: Vec::new(),
             deadline: bench.deadline,
+            limits: bench.limits,
         }
     }
 
@@ -367,16 +369,17 @@ impl<'a> Copy<'a> {
 
     /// A donor's part of the time that is left: a slow one must not use up all of it while others wait.
     fn share(&self, of: usize) -> Deadline {
-        let left =
-            u64::try_from(self.deadline.left().as_millis()).unwrap_or(u64::MAX).saturating_sub(TAIL_MS);
-        let part = (left / of.max(1) as u64).max(LEAST_SHARE_MS).min(left);
+        let left = u64::try_from(self.deadline.left().as_millis())
+            .unwrap_or(u64::MAX)
+            .saturating_sub(self.limits.of(TAIL_MS));
+        let part = (left / of.max(1) as u64).max(self.limits.of(LEAST_SHARE_MS)).min(left);
         Deadline::after(Duration::from_millis(part))
     }
 
     fn ask(&mut self, peer: &Peer, until: Deadline, report: &mut Report) -> Result<()> {
         let target = peer.target(&self.node.user, &self.help.identity);
         let began = clock::now();
-        let mut call = Call::open(&self.help.me, &target, SILENCE, until)?;
+        let mut call = Call::open(&self.help.me, &target, self.limits.span(SILENCE), until)?;
         let status = call.status()?;
         self.fits(&status).map_err(|why| Error::new(Kind::NotFound, "using this donor", why))?;
         // The donor serves what it listed: it is asked for its list also where ours is the one that counts.

@@ -7,8 +7,8 @@
 
 use engine::state::{Fate, HoldKind, Phase};
 use engine::{
-    Action, AlertKind, Claim, Event, How, Illegal, IncidentKind, Ladder, Layer, Limits, Moment, Record, Stage, State,
-    Verdict,
+    Action, AlertKind, Claim, Event, How, Illegal, IncidentKind, Ladder, Layer, Limits, Moment, Record,
+    Stage, State, Verdict,
 };
 
 /// One way of being wrong.

@@ -280,9 +280,10 @@ impl Checks {
             (self.known_down_ms, self.woke_ms) = (self.down_ms, world.now);
         }
         // A layer that begins to apply in the middle of a climb was not reckoned with before.
-        let anew = self.ladder.as_ref().is_some_and(|known| {
-            known.evidence != ladder.evidence || known.journal_ok != ladder.journal_ok
-        });
+        let anew = self
+            .ladder
+            .as_ref()
+            .is_some_and(|known| known.evidence != ladder.evidence || known.journal_ok != ladder.journal_ok);
         if anew {
             self.disturb();
         }
@@ -486,8 +487,8 @@ impl Checks {
         let now = self.active(world);
         // One that was asked for ends with its layer, and is followed by one of all layers.
         if let Some(climb) = self.climb.take() {
-            let spent = now.saturating_sub(climb.began_ms) + self.of(30_000) >= self.of(CLIMB_MS)
-                || climb.disturbed;
+            let spent =
+                now.saturating_sub(climb.began_ms) + self.of(30_000) >= self.of(CLIMB_MS) || climb.disturbed;
             let over = climb.only.is_some_and(|layer| climb.done.contains(&layer) || spent);
             self.climb = (!over).then_some(climb);
         }

@@ -25,6 +25,8 @@ const MAX_ACTIONS: usize = 64;
 const ASK_AGAIN_MS: u64 = 1_000;
 /// Stopping the gateway and one exchange.
 const PEER_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
+/// A few renames by a process of their own, however limits are divided.
+const ACT_LEAST: std::time::Duration = std::time::Duration::from_secs(3);
 /// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
 const CAME_BACK: &str = "came back from snapshot ";
 
@@ -154,7 +156,7 @@ impl Agent {
                 Ok(rung) => {
                     self.say(&format!(
                         "  watch: in-place would be tried for up to {} s",
-                        rung.work_most_ms / 1000
+                        ladder.limits.of(rung.work_most_ms) / 1000
                     ));
                 }
                 Err(reason) => self.say(&format!("  watch: in-place would be passed: {reason}")),
@@ -400,7 +402,8 @@ impl Agent {
             return false;
         }
         self.trial_ended = Some((id, climbs));
-        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, LIMIT);
+        let limit = self.room(LIMIT, ACT_LEAST);
+        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, limit);
         let report = answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), Answer::report));
         let what = match report {
             Ok(report) => format!("the older config did not help: {}", report.done.join("; ")),
@@ -558,7 +561,7 @@ impl Agent {
                 killed
             }
             // A step of an agent that died: known by its name.
-            None => self.runner.containers.kill(&name, Deadline::after(Agent::kill_limit())),
+            None => self.runner.containers.kill(&name, Deadline::after(self.runner.kill_limit)),
         };
         let event = match killed {
             Ok(emptied) => {
@@ -655,7 +658,8 @@ impl Agent {
         let incident = self.number().unwrap_or(0);
         let baseline = self.judge.baseline().clone();
         let work = Work::PeerBack { incident };
-        match self.runner.run("peer-back", work, &self.node, Some(&baseline), PEER_BACK_LIMIT) {
+        let limit = self.room(PEER_BACK_LIMIT, ACT_LEAST);
+        match self.runner.run("peer-back", work, &self.node, Some(&baseline), limit) {
             Ok(answer) => {
                 self.tell_report(Layer::PeerCopy, Some(answer));
             }
@@ -687,7 +691,7 @@ impl Agent {
             return;
         }
         // Its own patience ends first.
-        let limit = sudo::ASK_LIMIT + Duration::from_secs(1);
+        let limit = sudo::ask_limit(self.config.ladder.limits()) + Duration::from_secs(1);
         self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
             Ok(Answer::Failed { why, .. }) => Err(why),
             Ok(_) => Ok(()),
@@ -728,7 +732,8 @@ impl Agent {
             return;
         }
         let baseline = self.judge.baseline().clone();
-        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), LIMIT) {
+        let limit = self.room(LIMIT, ACT_LEAST);
+        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), limit) {
             Ok(answer) => {
                 self.tell_report(layer, Some(answer));
             }
@@ -843,6 +848,7 @@ impl Agent {
         ladder.journal_ok = self.book.journal_ok();
         ladder.evidence = evidence(exam.as_ref(), self.nudges);
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
+        ladder.limits = self.config.ladder.limits();
         ladder
     }
 
@@ -919,6 +925,7 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     };
     let snapshot = match exam {
         None => Err("the disk could not be looked at".to_owned()),
+        Some(e) if e.store_hangs && !e.rescue => Err("the store does not answer".to_owned()),
         Some(e) if e.snapshot.is_none() && !e.rescue => Err("there is no good snapshot yet".to_owned()),
         Some(_) => agent.space_gate(),
     };

@@ -139,6 +139,10 @@ pub struct Agent {
     trial_ended: Option<(u64, u32)>,
     /// What sudo said at the last climb, where it is needed.
     sudo: Option<std::result::Result<(), String>>,
+    /// The climb in which the store hung.
+    store_hangs: Option<(u64, u32)>,
+    /// Looks at the disk whose containers would not die.
+    stuck_looks: u32,
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
@@ -202,7 +206,7 @@ impl Agent {
         let now = clock::now();
         let agent = Agent {
             judge: Judge::new(config.judge.clone(), baseline.unwrap_or_default()),
-            runner: Runner::new(containers, places.clone()),
+            runner: Runner::new(containers, places.clone(), config.ladder.limits()),
             prober: Prober::start()?,
             watch: Watch::new()?,
             daily: Daily::new(now),
@@ -239,6 +243,8 @@ impl Agent {
             errand: None,
             trial_ended: None,
             sudo: None,
+            store_hangs: None,
+            stuck_looks: 0,
             blind: 0,
             ending: false,
             responder: Responder::default(),
@@ -269,6 +275,9 @@ impl Agent {
             manager,
             strength(&self.runner.containers.strength()),
         ));
+        if let Some(words) = self.config.ladder.shortened() {
+            self.say(&words);
+        }
         if let Some(record) = self.book.state().wake(clock::now()) {
             self.write(record);
         }

@@ -78,7 +78,7 @@ pub fn work(bench: &mut Bench<'_>, target: &Node, order: &Order, hung: bool) -> 
     let package = registry.resolve(
         PACKAGE,
         &order.version,
-        bench.deadline.min(host::clock::Deadline::after(ASK_LIMIT)),
+        bench.deadline.min(host::clock::Deadline::after(bench.limits.span(ASK_LIMIT))),
     )?;
     if package.version != order.version {
         return Err(Error::new(

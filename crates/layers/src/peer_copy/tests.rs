@@ -155,6 +155,7 @@ fn who_may_lend_what() {
         stages: Vec::new(),
         waiting: Vec::new(),
         deadline: later(),
+        limits: engine::Limits::default(),
     };
     let good = Status {
         healthy: Some(true),

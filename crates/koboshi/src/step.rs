@@ -62,6 +62,8 @@ pub enum Work {
     Contacts,
     /// Tells the dead man's switch that all is well.
     Beat,
+    /// Asks registry, peers and store whether they answer; `done` names those that do.
+    Sources,
     /// Layer 0.
     Restart {
         /// The gateway does not answer.
@@ -138,6 +140,7 @@ impl Work {
             | Work::Deliver
             | Work::Contacts
             | Work::Beat
+            | Work::Sources
             | Work::Scrub
             | Work::TrialOver { .. }
             | Work::Restart { .. }
@@ -373,6 +376,7 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
                 None => Some("no heartbeat address is configured".to_owned()),
             },
         }),
+        Work::Sources => crate::sources::ask(node, &config, &places, deadline, early),
         Work::Restart { hung } => {
             with_bench(request, &config, &places, 0, deadline, |bench| layers::restart::work(bench, *hung))
         }

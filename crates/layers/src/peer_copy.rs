@@ -140,6 +140,24 @@ fn hex(name: &Name) -> String {
     name.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// Whether the SSH server of at least one peer says its first line. Nothing is proven by it but that it speaks.
+#[must_use]
+pub fn one_speaks(peers: &[Peer], deadline: Deadline) -> bool {
+    use std::io::Read;
+    use std::net::ToSocketAddrs;
+    peers.iter().take(MAX_PEERS).any(|peer| {
+        let found = (peer.host.as_str(), peer.port).to_socket_addrs().ok().and_then(|mut all| all.next());
+        let left = || deadline.left().max(Duration::from_millis(1));
+        let Some(Ok(mut stream)) = found.map(|at| std::net::TcpStream::connect_timeout(&at, left())) else {
+            return false;
+        };
+        let mut word = [0; 4];
+        stream.set_read_timeout(Some(left())).is_ok()
+            && stream.read_exact(&mut word).is_ok()
+            && word == *b"SSH-"
+    })
+}
+
 /// What is to lie here, and who says so.
 struct Goal {
     list: Manifest,

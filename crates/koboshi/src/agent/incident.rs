@@ -846,7 +846,7 @@ impl Agent {
         ladder.hands_off = self.hands_off();
         ladder.only = self.only;
         ladder.journal_ok = self.book.journal_ok();
-        ladder.evidence = evidence(exam.as_ref(), self.nudges);
+        ladder.evidence = evidence(exam.as_ref(), self.nudges, self.sources.back());
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
         ladder.limits = self.config.ladder.limits();
         ladder
@@ -906,9 +906,9 @@ fn for_the_record(verdict: &Verdict) -> Verdict {
 }
 
 /// Hash of what outside could make a failed climb succeed.
-fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
+fn evidence(exam: Option<&Examination>, nudges: u32, back: [u32; 3]) -> u64 {
     let mut hash = DefaultHasher::new();
-    nudges.hash(&mut hash);
+    (nudges, back).hash(&mut hash);
     exam.map(|e| (e.inputs, e.snapshot.clone(), e.need)).hash(&mut hash);
     for finding in exam.map(|e| e.findings.as_slice()).unwrap_or_default() {
         (finding.kind, finding.class).hash(&mut hash);
@@ -920,7 +920,7 @@ fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
 fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Agent) -> Vec<Rung> {
     let inputs = |layer: Layer| {
         let mut hash = DefaultHasher::new();
-        (layer, exam.map(|e| (e.inputs, e.snapshot.clone()))).hash(&mut hash);
+        (layer, exam.map(|e| (e.inputs, e.snapshot.clone())), agent.sources.back_for(layer)).hash(&mut hash);
         hash.finish()
     };
     let snapshot = match exam {

@@ -14,6 +14,7 @@ mod responder;
 mod rest;
 pub mod runner;
 mod settling;
+mod sources;
 mod standing;
 pub mod status;
 pub mod will;
@@ -147,6 +148,7 @@ pub struct Agent {
     blind: u32,
     ending: bool,
     responder: Responder,
+    sources: sources::Sources,
     language: alert::Language,
 }
 
@@ -248,6 +250,7 @@ impl Agent {
             blind: 0,
             ending: false,
             responder: Responder::default(),
+            sources: sources::Sources::default(),
             language: voice::language(&config),
             config,
             places,
@@ -366,6 +369,7 @@ impl Agent {
             self.due_looks();
             self.due_jobs();
             self.tend_responder();
+            self.tend_sources();
             self.publish();
             self.tell_manager();
             if self.ending {
@@ -393,7 +397,7 @@ impl Agent {
             engine: self.doing.until(now),
             undecided: self.doing == Doing::Nothing && self.book.state().incident.is_some(),
             exam: self.exam_due,
-            daily: self.daily.due(),
+            daily: [self.daily.due(), self.sources.due()].into_iter().flatten().min_by_key(|at| at.ms),
             responder: self.responder.again(now),
             unit: self.unit_stopped.is_some(),
             watchdog_ms: watchdog.map(|w| u64::try_from(w.as_millis()).unwrap_or(u64::MAX)),

@@ -108,6 +108,17 @@ pub fn work(bench: &mut Bench<'_>, target: &Node, order: &Order, hung: bool) -> 
     outcome
 }
 
+/// Whether the registry that an install would use describes the version that it would ask for.
+#[must_use]
+pub fn registry_answers(node: &Node, order: &Order, deadline: host::clock::Deadline) -> bool {
+    // Whose settings count depends on whose prefix it is; of a prefix that nobody here may write to, the user's own.
+    let place = Place::of(node, order).or_else(|_| Place::of(&away(node), order));
+    let home = place.map_or_else(|_| Some(node.home.clone()), |place| place.rc_home);
+    Registry::from_env(home.as_deref(), &[])
+        .and_then(|registry| registry.resolve(PACKAGE, &order.version, deadline))
+        .is_ok()
+}
+
 /// What stands ready to be exchanged in.
 struct Ready {
     /// The program's tree on the prefix's file system.

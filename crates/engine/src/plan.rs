@@ -570,7 +570,10 @@ impl Ask<'_> {
         if incident.damaged_again() {
             return self.fail(turn, "it serves, and the damage is still there");
         }
-        let until_ms = if self.ladder.start_holds() { end_ms } else { turn.end_ms.min(end_ms) };
+        // A node that was seen to serve at the last moment is not interrupted for want of a second look.
+        let good = incident.word.as_ref().filter(|word| word.verdict.is_serving() && !word.confirmed);
+        let sure_ms = good.map_or(0, |word| word.at_ms.saturating_add(CONFIRM_MS));
+        let until_ms = if self.ladder.start_holds() { end_ms } else { turn.end_ms.max(sure_ms).min(end_ms) };
         if self.t >= until_ms {
             return self.fail(turn, "the start did not come to an end in its time");
         }

@@ -182,6 +182,43 @@ fn a_climb_keeps_the_limits_it_began_under() {
 }
 
 #[test]
+fn a_start_that_serves_at_the_end_of_its_turn_is_confirmed_and_not_interrupted() {
+    let mut state = State::default();
+    let mut journal = Vec::new();
+    let ladder = ladder();
+    let opened = state.open(at(0), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+    write(&mut state, &mut journal, opened);
+    state.alerts.clear();
+    let Action::Note { record } = next(&state, &ladder, at(0)) else { panic!() };
+    write(&mut state, &mut journal, record);
+    let Action::Spawn { intent, step, .. } = next(&state, &ladder, at(0)) else { panic!() };
+    write(&mut state, &mut journal, intent);
+    for event in [
+        Event::Ended { step, how: How::Exited { code: 0 } },
+        Event::Emptied { step, killed: 0, claim: Claim::Ready { inputs: 9 } },
+    ] {
+        write(&mut state, &mut journal, Record::new(at(1_000), event));
+    }
+    let Action::Start { intent, start, .. } = next(&state, &ladder, at(1_000)) else { panic!() };
+    write(&mut state, &mut journal, intent);
+    write(&mut state, &mut journal, Record::new(at(1_000), Event::Started { start, error: None }));
+    let Action::Judge { until, .. } = next(&state, &ladder, at(1_000)) else { panic!() };
+    // It serves a second before its turn ends: too late for three probes over five seconds.
+    let verdict = Verdict::Serving { degraded: Vec::new() };
+    let seen = Event::Judged { verdict: verdict.clone(), confirmed: false, clean: true };
+    write(&mut state, &mut journal, Record::new(at(until.ms - 1_000), seen));
+    assert!(matches!(next(&state, &ladder, at(until.ms + 4_000)), Action::Judge { .. }));
+    let mut sure = state.clone();
+    let word = Event::Judged { verdict, confirmed: true, clean: true };
+    write(&mut sure, &mut Vec::new(), Record::new(at(until.ms + 4_000), word));
+    let Action::Note { record } = next(&sure, &ladder, at(until.ms + 4_000)) else { panic!() };
+    assert!(matches!(record.event, Event::Recovered { layer: Some(Layer::Restart), .. }), "{record:?}");
+    // One good look that nothing follows is no reason to wait for ever.
+    let Action::Note { record } = next(&state, &ladder, at(until.ms + 9_000)) else { panic!() };
+    assert!(matches!(record.event, Event::Failed { .. }), "{record:?}");
+}
+
+#[test]
 fn if_every_start_hangs_every_layer_has_its_turn_and_the_climb_its_end() {
     let script = Script { work_ms: Some(9_000), start_ms: None };
     let (state, journal) = climb(script, &mut ladder(), IncidentKind::Outage);

@@ -25,6 +25,7 @@ pub const PEERS: &str = "peers";
 
 /// What one source may take.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
+const ASK_LEAST: Duration = Duration::from_secs(2);
 
 /// Asks them all; those that answered are in `done`, the others in `undone`.
 ///
@@ -38,7 +39,8 @@ pub fn ask(
     early: &dyn Fn(&Answer) -> Result<()>,
 ) -> Result<Answer> {
     let mut report = Report::default();
-    let limit = || deadline.min(Deadline::after(ASK_LIMIT));
+    let limits = config.ladder.limits();
+    let limit = || deadline.min(Deadline::after(limits.span(ASK_LIMIT).max(ASK_LEAST)));
     // Where nobody may install, nobody asks: a host without a way out has no use for the question.
     if [Layer::SystemInstall, Layer::UserInstall].iter().any(|layer| config.ladder.refuses(*layer).is_none())
     {

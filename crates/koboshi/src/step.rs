@@ -470,7 +470,8 @@ fn with_bench(
 
 /// The store, if there is one yet.
 pub fn open_store(places: &Places) -> Result<Option<Store>> {
-    if !places.store().is_dir() {
+    // An empty directory is a disk that was mounted for a store to come.
+    if std::fs::read_dir(places.store()).map_or(true, |mut entries| entries.next().is_none()) {
         return Ok(None);
     }
     Store::open(&places.store(), &places.key_file).map(Some)

@@ -417,6 +417,10 @@ impl Checks {
                 self.disturb();
             }
             Event::Judged { verdict, confirmed, clean } => {
+                if self.divisor > 1 && !confirmed && matches!(verdict, Verdict::Serving { .. }) {
+                    // Its confirmation is waited for at the judge's own pace, which is not divided.
+                    self.disturb();
+                }
                 if let Some(incident) = &mut self.incident {
                     let whole = *clean || incident.kind == IncidentKind::Outage;
                     incident.serves = *confirmed && whole && matches!(verdict, Verdict::Serving { .. });

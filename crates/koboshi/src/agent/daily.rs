@@ -840,7 +840,7 @@ impl Agent {
     }
 
     /// The open incident's climb: what hung in one is tried again in the next.
-    fn climb_key(&self) -> Option<(u64, u32)> {
+    pub(super) fn climb_key(&self) -> Option<(u64, u32)> {
         // The look that an incident begins with is its first climb's.
         self.book.state().incident.as_ref().map(|incident| (incident.id, incident.climbs.max(1)))
     }

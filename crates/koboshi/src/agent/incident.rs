@@ -442,7 +442,9 @@ impl Agent {
             self.ask_sudo();
         }
         // A climb that begins later than its incident, perhaps under a new agent, chooses by what the disk says now.
-        if begins && written && self.fresh_exam().is_none() {
+        // What hung in the last climb is looked at anew; in the first, the look that it was opened with is its own.
+        let hung = self.exam.as_ref().is_some_and(|e| e.store_hangs) && self.store_hangs != self.climb_key();
+        if begins && written && (hung || self.fresh_exam().is_none()) {
             let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
             if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
                 self.noticed(exam.findings);

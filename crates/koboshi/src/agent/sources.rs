@@ -16,6 +16,7 @@ const EVERY_MS: u64 = 60_000;
 const EVERY_LEAST_MS: u64 = 5_000;
 /// One round.
 const LIMIT: Duration = Duration::from_secs(20);
+const LEAST: Duration = Duration::from_secs(8);
 
 /// What is known of the sources.
 #[derive(Debug, Default)]
@@ -83,6 +84,9 @@ impl Agent {
         {
             let _ = running.kill();
             if let Some(Answer::Done(report)) = running.answer() {
+                if !report.undone.is_empty() && report.undone != self.sources.silent {
+                    self.say(&format!("these do not answer: {}", report.undone.join(", ")));
+                }
                 for name in self.sources.heard(&report.done, report.undone) {
                     self.say(&format!(
                         "the {name} did not answer, and now it does: the next climb tries it anew"
@@ -98,14 +102,8 @@ impl Agent {
         let due = self.sources.at.is_none_or(|at| at.boot != now.boot || now.ms >= at.ms);
         if due && self.sources.running.is_none() {
             self.sources.at = Some(now.plus_ms(every_ms));
-            match self.runner.spawn(
-                "job-sources",
-                Work::Sources,
-                &self.node,
-                None,
-                true,
-                Deadline::after(LIMIT),
-            ) {
+            let deadline = Deadline::after(self.config.ladder.limits().span(LIMIT).max(LEAST));
+            match self.runner.spawn("job-sources", Work::Sources, &self.node, None, true, deadline) {
                 Ok(running) => self.sources.running = Some(running),
                 Err(e) => self.say(&e.to_string()),
             }

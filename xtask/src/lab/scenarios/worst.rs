@@ -53,8 +53,8 @@ pub(super) fn tenth(play: &mut Play) -> Result<(), String> {
 }
 
 fn hang(play: &mut Play, divisor: u32) -> Result<(), String> {
-    let peer = play.plain("n2")?;
     let mut host = play.unbooted("n1", Template::User)?;
+    let peer = play.plain("n2")?;
     // The store's disk is there before koboshi is: as an administrator would mount one.
     let owned = ["", "/share", "/state", "/state/koboshi", "/state/koboshi/store"]
         .map(|d| format!("/home/claw/.local{d}"));
@@ -116,7 +116,7 @@ fn all_at_once(
     play.expect(told, "the lab's receiver has accepted an emergency");
     let entered =
         CLAW.wait(host, NOTICED, "an emergency on record as sent", |s| s["incident"]["emergency"] == true)?;
-    let lines = lines(host, &entered)?;
+    let lines = told_lines(host, &entered)?;
     in_time(play, &lines, by);
     every_turn(play, &lines, by);
     let asked = play.registry()?.asked();
@@ -124,6 +124,10 @@ fn all_at_once(
     nothing_left(play, host)?;
     says_503(play, host)?;
 
+    // What was never missed cannot come back: the agent asks them all, and says who is silent.
+    let silent = said(host, "do not answer", NOTICED)?;
+    let all = ["registry", "store", "peers"].iter().all(|name| silent.contains(name));
+    play.claim(all, "the agent knows who is silent", || silent.clone());
     // The disk is let go in any case at the end; which of the two comes back first is what differs.
     let stuck = if whole {
         play.registry()?.set(Mode::Good);
@@ -143,6 +147,31 @@ fn all_at_once(
     drop(stuck);
     peer.freeze(false)?;
     Broken::StuckPam.mend(host)
+}
+
+/// The line of the agent's log that holds these words.
+fn said(host: &Host, words: &str, limit: Duration) -> Result<String, String> {
+    let started = Instant::now();
+    loop {
+        let out =
+            host.must(&format!("journalctl --no-pager -o cat | grep -F '{words}' | tail -n 1; true"))?;
+        if !out.is_empty() || started.elapsed() > limit {
+            return Ok(out);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// The open incident's lines, once it is on record that its message was accepted.
+fn told_lines(host: &Host, status: &Value) -> Result<Vec<(f64, String)>, String> {
+    let started = Instant::now();
+    loop {
+        let lines = lines(host, status)?;
+        if at(&lines, "-emergency sent").is_some() || started.elapsed() > NOTICED {
+            return Ok(lines);
+        }
+        std::thread::sleep(Duration::from_millis(250));
+    }
 }
 
 /// The open incident's lines: milliseconds since its opening, and words.
@@ -203,7 +232,12 @@ fn every_turn(play: &mut Play, lines: &[(f64, String)], by: f64) {
         lines.iter().any(|(_, what)| what.starts_with(layer) && what.contains(words))
     };
     play.claim(hung("restart", "passed"), "restart was passed: the program is not whole", String::new);
-    play.claim(hung("restore", "work begins"), "restore set to work", String::new);
+    let stuck = hung("restore", "work begins") || hung("restore", "the store does not answer");
+    play.claim(
+        stuck,
+        "restore hung on the store's disk, in its work or already at the look before it",
+        String::new,
+    );
     play.claim(hung("system-install", "sudo did not answer"), "sudo hung", String::new);
     play.claim(hung("user-install", "work begins"), "user install set to work", String::new);
     play.claim(hung("peer-copy", "work begins"), "peer copy set to work", String::new);
@@ -212,7 +246,7 @@ fn every_turn(play: &mut Play, lines: &[(f64, String)], by: f64) {
 /// No process of a step lives, nothing of npm's, nobody waits in sudo, and every step's container is empty.
 fn nothing_left(play: &mut Play, host: &Host) -> Result<(), String> {
     let left = host.must(
-        "ps axo pid,user,args --no-headers | grep -E '/steps/step-|npm|sudo|sleep infinity|exe reach' | grep -v grep; true",
+        "ps axo pid,user,args --no-headers | grep -E '/steps/step-|npm-cli|npm install|sudo |sleep infinity|exe reach' | grep -v grep; true",
     )?;
     play.claim(left.is_empty(), "no process of any layer is left", || left.clone());
     let full = host.must(

@@ -3,6 +3,7 @@
 //! [`apply`] decides with nothing but the state and the record: what it forbids is forbidden whatever the
 //! caller saw or wished. It checks first and changes afterwards; a refused record leaves no trace.
 
+use crate::limits::Limits;
 use crate::record::{AlertKey, AlertKind, AlertResult, Claim, Event, How, IncidentKind, Record, StepId};
 use crate::state::{
     Alert, Climb, Closed, Fate, Hold, HoldKind, Illegal, Incident, MAX_ALERTS, MAX_FAILED_INPUTS,
@@ -39,8 +40,8 @@ pub fn apply(state: &mut State, record: &Record) -> Result<(), Illegal> {
         }
         Event::Escalated { kind, cause, findings } => escalated(state, *kind, cause, findings)?,
         Event::Noticed { findings } => notice(open(state)?, findings),
-        Event::ClimbBegan { climb, full, only, why: _ } => {
-            climb_began(open(state)?, t, *climb, *full, *only)?;
+        Event::ClimbBegan { climb, full, only, limits, why: _ } => {
+            climb_began(open(state)?, t, *climb, *full, *only, *limits)?;
         }
         Event::Passed { layer, reason: _ } => passed(open(state)?, *layer)?,
         Event::Intent { step, layer, attempt, deadline, turn_ms, inputs } => {
@@ -177,7 +178,15 @@ fn escalated(state: &mut State, kind: IncidentKind, cause: &str, findings: &[Fin
     Ok(())
 }
 
-fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool, only: Option<Layer>) -> Legal {
+fn climb_began(
+    incident: &mut Incident,
+    t: u64,
+    number: u32,
+    full: bool,
+    only: Option<Layer>,
+    limits: Limits,
+) -> Legal {
+    must(limits.sound(), "limits are divided by a number that leaves something of them")?;
     must(number == incident.climbs.saturating_add(1), "climbs are numbered without gaps")?;
     must(incident.may_try(only), "a node that serves is repaired in place, and only that one")?;
     let fallen = incident.fallen();
@@ -198,7 +207,7 @@ fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool, only: O
             HoldKind::Emergency | HoldKind::Latent => {
                 let waited_ms = t.saturating_sub(hold.since_ms);
                 // A person who asks is not kept waiting.
-                let kept = t >= hold.retry_ms || waited_ms >= EVIDENCE_GAP_MS;
+                let kept = t >= hold.retry_ms || waited_ms >= limits.of(EVIDENCE_GAP_MS);
                 must(kept || only.is_some(), "climbs keep their distance")?;
                 t >= hold.retry_ms && only.is_none()
             }
@@ -218,6 +227,7 @@ fn climb_began(incident: &mut Incident, t: u64, number: u32, full: bool, only: O
         full,
         in_place: incident.kind == IncidentKind::Latent,
         only,
+        limits,
         began_ms: t,
         reboots: 0,
         done: None,
@@ -255,7 +265,7 @@ fn intent(state: &mut State, t: u64, asked: &Asked, turn_ms: u64) -> Legal {
     let latent = incident.kind == IncidentKind::Latent;
     let known_bad = incident.failed_inputs.contains(&(asked.layer, asked.inputs));
     let climb = incident.climbing()?;
-    let end_ms = climb.began_ms.saturating_add(CLIMB_WORK_MS);
+    let end_ms = climb.end_ms();
     must(climb.in_place == latent, "an escalated incident needs a climb of its own")?;
     must(t < end_ms, "no step begins after the climb's time")?;
     must(asked.deadline_ms > t && asked.deadline_ms <= end_ms, "a step's deadline lies within the climb")?;
@@ -383,7 +393,7 @@ fn start_intent(state: &mut State, t: u64, start: u64, layer: Layer, inputs: u64
     must(!incident.failed_starts.contains(&inputs), "no start repeats one that failed")?;
     let climb = incident.climbing()?;
     must(!climb.in_place, "an in-place repair starts nothing")?;
-    must(t < climb.began_ms.saturating_add(CLIMB_WORK_MS), "no start begins after the climb's time")?;
+    must(t < climb.end_ms(), "no start begins after the climb's time")?;
     let turn = climb.turn.as_mut().ok_or(Illegal { rule: "a start belongs to a layer's turn" })?;
     must(turn.layer == layer, "one turn at a time")?;
     let voided = match &turn.phase {
@@ -770,9 +780,14 @@ impl Climb {
         Layer::CLIMB.into_iter().find(|layer| self.done.is_none_or(|done| *layer > done))
     }
 
+    /// Engine time at which the layers' time is up; what is left then is kept for killing and telling.
+    pub(crate) fn end_ms(&self) -> u64 {
+        self.began_ms.saturating_add(self.limits.of(CLIMB_WORK_MS))
+    }
+
     /// Whether all that it could try was tried, or its time is up.
     pub(crate) fn is_over(&self, t: u64) -> bool {
-        let spent = t >= self.began_ms.saturating_add(CLIMB_WORK_MS) || self.reboots > MAX_REBOOTS;
+        let spent = t >= self.end_ms() || self.reboots > MAX_REBOOTS;
         spent || (self.turn.is_none() && self.next_layer().is_none())
     }
 

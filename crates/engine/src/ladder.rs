@@ -1,5 +1,6 @@
 //! What the engine is told about the world at the moment of deciding. Made anew by the agent for every call.
 
+use crate::limits::Limits;
 use crate::record::StepId;
 use crate::words::Layer;
 use serde::{Deserialize, Serialize};
@@ -26,9 +27,12 @@ pub struct Ladder {
     pub evidence: u64,
     /// Chance is the caller's: -1000 to 1000, scaled to the 10 % by which retries are spread.
     pub jitter_permille: i32,
+    /// By what the limits are divided from the next climb on. The rungs' numbers are the whole ones.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
-/// One layer's numbers and whether it applies at this moment.
+/// One layer's numbers, undivided, and whether it applies at this moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rung {
     /// Which.
@@ -88,6 +92,7 @@ impl Ladder {
             journal_ok: true,
             evidence: 0,
             jitter_permille: 0,
+            limits: Limits::default(),
         }
     }
 

@@ -65,6 +65,9 @@
 //! `600 - 30 - sum of the least slices of later layers that apply`; its work gets what the start's least leaves.
 //! While a start progresses in a node whose files verify, all later slices are lent to it; when it stalls, the
 //! layers come back with what is left. At the end of the time a start that still progresses is left alone.
+//!
+//! The constants below are the contract. [`Limits`] divides those of them that are koboshi's own, for drills: the caller
+//! gives them with the [`Ladder`], a climb keeps the ones that its first record carries.
 #![cfg_attr(
     not(test),
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
@@ -72,6 +75,7 @@
 
 mod fold;
 pub mod ladder;
+mod limits;
 mod plan;
 pub mod record;
 pub mod state;
@@ -80,6 +84,7 @@ pub mod words;
 
 pub use fold::apply;
 pub use ladder::{Ladder, Rung, StartLook};
+pub use limits::{Limits, MOST_DIVISOR};
 pub use plan::{Action, Look, Planned, next, preview};
 pub use record::{
     AlertKey, AlertKind, AlertResult, Claim, Event, How, IncidentKind, Record, StartId, StepId,

@@ -5,6 +5,7 @@
 
 use crate::fold::apply;
 use crate::ladder::{Ladder, Rung};
+use crate::limits::Limits;
 use crate::record::{AlertKey, AlertKind, Claim, Event, How, IncidentKind, Record, StartId, StepId};
 use crate::state::{Climb, Fate, Hold, HoldKind, Incident, Phase, Stage, State, Turn};
 use crate::words::{Layer, Moment, Verdict};
@@ -119,13 +120,15 @@ pub struct Planned {
 #[must_use]
 pub fn preview(ladder: &Ladder) -> Vec<Planned> {
     let mut begun_ms = 0;
+    let limits = ladder.limits;
     Layer::CLIMB
         .into_iter()
         .map(|layer| match ladder.applies(layer) {
             Err(reason) => Planned { layer, passed: Some(reason), work_ms: 0, end_ms: begun_ms },
             Ok(rung) => {
-                let later_ms: u64 = later(ladder, layer, &[]).map(|rung| rung.least_slice_ms).sum();
-                match slice(rung, CLIMB_WORK_MS.saturating_sub(begun_ms), later_ms) {
+                let later_ms: u64 =
+                    later(ladder, layer, &[]).map(|rung| limits.of(rung.least_slice_ms)).sum();
+                match slice(rung, limits, limits.of(CLIMB_WORK_MS).saturating_sub(begun_ms), later_ms) {
                     Err(reason) => Planned { layer, passed: Some(reason), work_ms: 0, end_ms: begun_ms },
                     Ok(slice) => {
                         begun_ms = begun_ms.saturating_add(slice.turn_ms);
@@ -140,7 +143,8 @@ pub fn preview(ladder: &Ladder) -> Vec<Planned> {
 /// What to do now.
 #[must_use]
 pub fn next(state: &State, ladder: &Ladder, now: Moment) -> Action {
-    let ask = Ask { state, ladder, now, t: state.time_ms(now) };
+    let limits = state.climb().map_or(ladder.limits, |climb| climb.limits);
+    let ask = Ask { state, ladder, now, t: state.time_ms(now), limits };
     let Some(incident) = &state.incident else { return ask.idle(None) };
     if let Some(record) = state.wake(now) {
         return Action::Note { record };
@@ -169,15 +173,16 @@ struct Slice {
 
 /// The budget: what is left, less what later layers need. When not all of them fit any more, the earlier layer
 /// goes first with its least, and the last ones get what remains.
-fn slice(rung: &Rung, left_ms: u64, later_ms: u64) -> Result<Slice, String> {
-    let least_ms = rung.work_least_ms.saturating_add(LOOK_MS);
+fn slice(rung: &Rung, limits: Limits, left_ms: u64, later_ms: u64) -> Result<Slice, String> {
+    let work_least_ms = limits.of(rung.work_least_ms);
+    let least_ms = work_least_ms.saturating_add(limits.of(LOOK_MS));
     let fair_ms = left_ms.saturating_sub(later_ms);
-    let turn_ms = if fair_ms >= least_ms { fair_ms } else { rung.least_slice_ms.min(left_ms) };
+    let turn_ms = if fair_ms >= least_ms { fair_ms } else { limits.of(rung.least_slice_ms).min(left_ms) };
     if turn_ms < least_ms {
         return Err(format!("{} s are left, its work alone needs {} s", left_ms / 1000, least_ms / 1000));
     }
-    let beside_start_ms = turn_ms.saturating_sub(rung.start_least_ms).max(rung.work_least_ms);
-    Ok(Slice { work_ms: beside_start_ms.min(rung.work_most_ms), turn_ms })
+    let beside_start_ms = turn_ms.saturating_sub(limits.of(rung.start_least_ms)).max(work_least_ms);
+    Ok(Slice { work_ms: beside_start_ms.min(limits.of(rung.work_most_ms)), turn_ms })
 }
 
 fn later<'a>(ladder: &'a Ladder, layer: Layer, bad: &'a [(Layer, u64)]) -> impl Iterator<Item = &'a Rung> {
@@ -194,6 +199,8 @@ struct Ask<'a> {
     ladder: &'a Ladder,
     now: Moment,
     t: u64,
+    /// Those of the climb under way, else those of the next one.
+    limits: Limits,
 }
 
 impl Ask<'_> {
@@ -213,20 +220,20 @@ impl Ask<'_> {
         }
         let same_boot = self.state.last.is_some_and(|last| last.boot == self.now.boot);
         let stuck = self.state.stuck.iter().filter(|_| same_boot).min_by_key(|stuck| stuck.tried_ms);
-        let kill_ms = stuck.map(|stuck| stuck.tried_ms.saturating_add(STUCK_RETRY_MS));
+        let kill_ms = stuck.map(|stuck| stuck.tried_ms.saturating_add(self.limits.of(STUCK_RETRY_MS)));
         if let (Some(stuck), Some(due)) = (stuck, kill_ms)
             && self.t >= due
         {
             return Action::Kill { step: stuck.step, layer: stuck.layer };
         }
-        let alert_ms = self.state.alerts.iter().filter_map(due_ms).min();
+        let alert_ms = self.state.alerts.iter().filter_map(|alert| self.due_ms(alert)).min();
         let until = [until, kill_ms, alert_ms].into_iter().flatten().min();
         Action::Idle { until: until.map(|t| self.moment(t)) }
     }
 
     /// A message that is due, if handing it over fits into the time.
     fn alert(&self, room_ms: Option<u64>) -> Option<Action> {
-        if room_ms.is_some_and(|room_ms| room_ms < ALERT_ACT_MS) {
+        if room_ms.is_some_and(|room_ms| room_ms < self.limits.of(ALERT_ACT_MS)) {
             return None;
         }
         let journal = self.state.incident.as_ref().and_then(|incident| {
@@ -238,12 +245,26 @@ impl Ask<'_> {
             .state
             .alerts
             .iter()
-            .filter(|alert| due_ms(alert).is_some_and(|due| self.t >= due))
+            .filter(|alert| self.due_ms(alert).is_some_and(|due| self.t >= due))
             .min_by_key(|alert| alert.tries)
             .map(|alert| (alert.key, alert.tries.saturating_add(1)));
         let (key, attempt) = due.or(journal)?;
         let intent = Record::new(self.now, Event::AlertIntent { key, attempt });
         Some(Action::Alert { intent, key })
+    }
+
+    /// Engine time from which a message is to be handed over; `None` when it is settled.
+    fn due_ms(&self, alert: &crate::state::Alert) -> Option<u64> {
+        match alert.fate {
+            Fate::Accepted | Fate::Queued => None,
+            Fate::Wanted if alert.tries == 0 => Some(0),
+            Fate::Sending if alert.tries < ALERT_LOST_TRIES => Some(0),
+            Fate::Wanted | Fate::Sending => {
+                let doublings = alert.tries.saturating_sub(1).min(16);
+                let wait_ms = ALERT_RETRY_MS.saturating_mul(1 << doublings).min(ALERT_RETRY_MOST_MS);
+                Some(alert.tried_ms.saturating_add(self.limits.of(wait_ms)))
+            }
+        }
     }
 
     /// Ends what may live: the wait first, then the container. `None` when nothing does.
@@ -265,14 +286,16 @@ impl Ask<'_> {
     }
 
     fn begin(&self, incident: &Incident, full: bool, why: String) -> Action {
-        self.note(Event::ClimbBegan { climb: incident.climbs.saturating_add(1), full, only: None, why })
+        let (climb, limits) = (incident.climbs.saturating_add(1), self.ladder.limits);
+        self.note(Event::ClimbBegan { climb, full, only: None, limits, why })
     }
 
     /// The climb that a person asked for, restricted to one layer.
     fn asked(&self, incident: &Incident) -> Option<Action> {
         let layer = self.ladder.only.filter(|layer| incident.may_try(Some(*layer)))?;
         let (climb, why) = (incident.climbs.saturating_add(1), "asked for by hand".to_owned());
-        Some(self.note(Event::ClimbBegan { climb, full: false, only: Some(layer), why }))
+        let limits = self.ladder.limits;
+        Some(self.note(Event::ClimbBegan { climb, full: false, only: Some(layer), limits, why }))
     }
 
     /// The node serves, confirmed: what to write.
@@ -293,7 +316,7 @@ impl Ask<'_> {
 
     fn climb(&self, incident: &Incident, climb: &Climb) -> Action {
         let escalated = climb.in_place && incident.kind != IncidentKind::Latent;
-        let end_ms = climb.began_ms.saturating_add(CLIMB_WORK_MS);
+        let end_ms = climb.end_ms();
         let over = self.t >= end_ms || climb.reboots > MAX_REBOOTS;
         if escalated || over {
             if let Some(action) = self.end_live(incident) {
@@ -329,7 +352,7 @@ impl Ask<'_> {
             // Who asked for one layer did not ask for the node to stay down.
             return self.begin(incident, false, "the layer that was asked for did not right it".to_owned());
         }
-        let end_ms = climb.began_ms.saturating_add(CLIMB_WORK_MS);
+        let end_ms = climb.end_ms();
         if incident.kind == IncidentKind::Damage
             && !incident.fallen()
             && !incident.still_serves(self.t)
@@ -340,7 +363,7 @@ impl Ask<'_> {
         }
         let last = RETRY_MS.len().saturating_sub(1);
         let index = usize::try_from(incident.scheduled.saturating_sub(1)).unwrap_or(last).min(last);
-        let wait_ms = RETRY_MS.get(index).copied().unwrap_or(0);
+        let wait_ms = self.limits.of(RETRY_MS.get(index).copied().unwrap_or(0));
         let jitter = u64::from(self.ladder.jitter_permille.unsigned_abs().min(1000));
         let jitter_ms = wait_ms / JITTER_PART * jitter / 1000;
         let retry_in_ms = if self.ladder.jitter_permille < 0 {
@@ -410,9 +433,11 @@ impl Ask<'_> {
         let later_ms: u64 = if climb.in_place || climb.only.is_some() {
             0
         } else {
-            later(self.ladder, rung.layer, &incident.failed_inputs).map(|rung| rung.least_slice_ms).sum()
+            later(self.ladder, rung.layer, &incident.failed_inputs)
+                .map(|rung| self.limits.of(rung.least_slice_ms))
+                .sum()
         };
-        let slice = slice(rung, end_ms.saturating_sub(self.t), later_ms)?;
+        let slice = slice(rung, self.limits, end_ms.saturating_sub(self.t), later_ms)?;
         Ok(self.intent(rung, 1, wider, slice.work_ms, slice.turn_ms))
     }
 
@@ -459,7 +484,7 @@ impl Ask<'_> {
             }
             Phase::Judging { .. } => self.judge_start(incident, turn, end_ms),
             Phase::Resumed { at_ms } => {
-                let looked = self.t >= at_ms.saturating_add(LOOK_MS) || incident.fallen();
+                let looked = self.t >= at_ms.saturating_add(self.limits.of(LOOK_MS)) || incident.fallen();
                 match (looked && !self.ladder.start_holds()).then(|| self.again(turn)).flatten() {
                     Some(action) => action,
                     None => self.look(
@@ -482,7 +507,7 @@ impl Ask<'_> {
     fn again(&self, turn: &Turn) -> Option<Action> {
         let rung = self.ladder.applies(turn.layer).ok()?;
         let left_ms = turn.end_ms.saturating_sub(self.t);
-        let slice = slice(rung, left_ms, 0).ok()?;
+        let slice = slice(rung, self.limits, left_ms, 0).ok()?;
         (turn.attempts < MAX_ATTEMPTS).then(|| {
             self.intent(rung, turn.attempts.saturating_add(1), turn.wider, slice.work_ms, slice.turn_ms)
         })
@@ -494,7 +519,8 @@ impl Ask<'_> {
             Ok(action) => return action,
             Err(NoStart::Never(why)) => why,
             Err(NoStart::Later(free_ms)) => {
-                let least_ms = self.ladder.rung(turn.layer).map_or(0, |rung| rung.start_least_ms);
+                let least_ms =
+                    self.ladder.rung(turn.layer).map_or(0, |rung| self.limits.of(rung.start_least_ms));
                 if free_ms.saturating_add(least_ms) <= turn.end_ms {
                     return self.idle(Some(free_ms));
                 }
@@ -544,7 +570,10 @@ impl Ask<'_> {
         if incident.damaged_again() {
             return self.fail(turn, "it serves, and the damage is still there");
         }
-        let until_ms = if self.ladder.start_holds() { end_ms } else { turn.end_ms.min(end_ms) };
+        // A node that was seen to serve at the last moment is not interrupted for want of a second look.
+        let good = incident.word.as_ref().filter(|word| word.verdict.is_serving() && !word.confirmed);
+        let sure_ms = good.map_or(0, |word| word.at_ms.saturating_add(CONFIRM_MS));
+        let until_ms = if self.ladder.start_holds() { end_ms } else { turn.end_ms.max(sure_ms).min(end_ms) };
         if self.t >= until_ms {
             return self.fail(turn, "the start did not come to an end in its time");
         }
@@ -560,7 +589,7 @@ impl Ask<'_> {
             | Layer::SystemInstall
             | Layer::UserInstall
             | Layer::PeerCopy
-            | Layer::Emergency => (Look::Brief, LOOK_MS),
+            | Layer::Emergency => (Look::Brief, self.limits.of(LOOK_MS)),
         };
         let good = incident.word.as_ref().is_some_and(|word| word.verdict.is_serving() && !word.confirmed);
         let until_ms = if self.ladder.start_holds() {
@@ -609,7 +638,7 @@ impl Ask<'_> {
                     return action;
                 }
                 let changed = hold.evidence != Some(self.ladder.evidence);
-                let gap_ms = hold.since_ms.saturating_add(EVIDENCE_GAP_MS);
+                let gap_ms = hold.since_ms.saturating_add(self.limits.of(EVIDENCE_GAP_MS));
                 let due_ms = if changed { gap_ms.min(hold.retry_ms) } else { hold.retry_ms };
                 if self.t >= due_ms && !self.ladder.start_holds() {
                     // A node that serves is not interrupted again by what has failed on these very inputs.
@@ -639,19 +668,5 @@ fn doer(turn: &Turn) -> Option<Layer> {
         Phase::Judging { .. } | Phase::Starting { .. } => Some(turn.layer),
         Phase::Emptied { .. } => (turn.layer == Layer::InPlace).then_some(turn.layer),
         Phase::Working { .. } | Phase::Ended { .. } | Phase::Stuck | Phase::Resumed { .. } => None,
-    }
-}
-
-/// Engine time from which a message is to be handed over; `None` when it is settled.
-fn due_ms(alert: &crate::state::Alert) -> Option<u64> {
-    match alert.fate {
-        Fate::Accepted | Fate::Queued => None,
-        Fate::Wanted if alert.tries == 0 => Some(0),
-        Fate::Sending if alert.tries < ALERT_LOST_TRIES => Some(0),
-        Fate::Wanted | Fate::Sending => {
-            let doublings = alert.tries.saturating_sub(1).min(16);
-            let wait_ms = ALERT_RETRY_MS.saturating_mul(1 << doublings).min(ALERT_RETRY_MOST_MS);
-            Some(alert.tried_ms.saturating_add(wait_ms))
-        }
     }
 }

@@ -4,6 +4,7 @@
 //! conclusion drawn from an exit code: `How` is kept for people to read, and no rule of the fold looks at it
 //! except to know that an attempt was lost without an answer.
 
+use crate::limits::Limits;
 use crate::state::State;
 use crate::words::{Finding, Layer, Moment, Verdict};
 use serde::{Deserialize, Serialize};
@@ -182,6 +183,9 @@ pub enum Event {
         /// The one layer that a person asked for; the others have no turn in this climb.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         only: Option<Layer>,
+        /// The limits it is climbed under; the contract's when it says nothing.
+        #[serde(default, skip_serializing_if = "Limits::whole")]
+        limits: Limits,
         /// Why now.
         why: String,
     },

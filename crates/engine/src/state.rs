@@ -5,6 +5,7 @@
 //! no trace. Times inside the state are *engine time*: milliseconds that run with the clock within a boot and
 //! stand still across reboots, so that a budget after a reboot is what was left at the last record.
 
+use crate::limits::Limits;
 use crate::record::{AlertKey, Claim, Event, IncidentKind, Record, StepId};
 use crate::words::{Finding, Layer, Moment, Outcome, Verdict};
 use crate::{MAX_STARTS_IN_WINDOW, START_WINDOW_MS, apply};
@@ -145,6 +146,9 @@ pub struct Climb {
     /// Only this layer: a person asked for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub only: Option<Layer>,
+    /// The limits that its first record carries.
+    #[serde(default, skip_serializing_if = "Limits::whole")]
+    pub limits: Limits,
     /// Engine time of its first record.
     pub began_ms: u64,
     /// Reboots during it.

@@ -136,7 +136,7 @@ fn count(one: &mut Told, event: &Event) {
 
 /// What would only say the cause again, which stands in the title: shorter.
 fn again(one: &Told, event: &Event) -> Option<String> {
-    if let Event::ClimbBegan { climb, full: false, only: None, why } = event
+    if let Event::ClimbBegan { climb, full: false, only: None, why, .. } = event
         && *why == one.cause
     {
         return Some(format!("climb {climb} begins"));
@@ -171,11 +171,15 @@ pub fn line(event: &Event) -> Option<String> {
             let what: Vec<&str> = findings.iter().map(|finding| finding.what.as_str()).collect();
             format!("noticed: {}", what.join("; "))
         }
-        Event::ClimbBegan { climb, only: Some(layer), why, .. } => {
-            format!("climb {climb} ({layer} only): {why}")
-        }
-        Event::ClimbBegan { climb, full, only: None, why } => {
-            format!("climb {climb}{}: {why}", if *full { " (all layers)" } else { "" })
+        Event::ClimbBegan { climb, full, only, limits, why } => {
+            let only = only.map(|layer| format!("{layer} only"));
+            let what = only.or_else(|| full.then(|| "all layers".to_owned()));
+            let short = (!limits.whole()).then(|| format!("limits divided by {}", limits.divisor()));
+            let beside: Vec<String> = what.into_iter().chain(short).collect();
+            match beside.as_slice() {
+                [] => format!("climb {climb}: {why}"),
+                beside => format!("climb {climb} ({}): {why}", beside.join(", ")),
+            }
         }
         Event::Passed { layer, reason } => format!("{layer}: passed, {reason}"),
         Event::Intent { layer, attempt, step, .. } => {

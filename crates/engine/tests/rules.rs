@@ -3,7 +3,7 @@
 
 use engine::{
     Action, AlertKey, AlertKind, AlertResult, Claim, Event, FaultKind, Finding, How, IncidentKind, Ladder,
-    Layer, Moment, Record, Rung, State, Verdict, apply, next, preview,
+    Layer, Limits, Moment, Record, Rung, State, Verdict, apply, next, preview,
 };
 use proptest::prelude::*;
 
@@ -129,6 +129,96 @@ fn if_all_work_hangs_both_npm_runs_get_their_full_time_and_the_alert_its_reserve
 }
 
 #[test]
+fn divided_limits_shorten_a_climb_as_a_whole() {
+    let whole = climb(Script { work_ms: None, start_ms: None }, &mut ladder(), IncidentKind::Outage);
+    for divisor in 2..=engine::MOST_DIVISOR {
+        let mut ladder = ladder();
+        ladder.limits = Limits::divided(divisor).unwrap();
+        let by = u64::from(divisor);
+        let (state, journal) =
+            climb(Script { work_ms: None, start_ms: None }, &mut ladder, IncidentKind::Outage);
+        assert!(state.in_emergency());
+        assert!(work_ms(&journal, Layer::SystemInstall) >= 120_000 / by);
+        assert!(took(&journal) <= 545_000 / by + 100, "{divisor}: {}", took(&journal));
+        let order = |journal: &[Record]| -> Vec<Layer> {
+            let failed = |record: &Record| match record.event {
+                Event::Failed { layer, .. } | Event::Passed { layer, .. } => Some(layer),
+                _ => None,
+            };
+            journal.iter().filter_map(failed).collect()
+        };
+        assert_eq!(order(&journal), order(&whole.1), "each layer has its turn, in the same order");
+        // Whatever the caller says meanwhile, what was begun under these limits is folded and ended under them.
+        assert_eq!(State::replay(&journal).unwrap(), state);
+    }
+    assert_eq!(Limits::divided(0), None);
+    assert_eq!(Limits::divided(engine::MOST_DIVISOR + 1), None);
+}
+
+#[test]
+fn a_climb_keeps_the_limits_it_began_under() {
+    let mut state = State::default();
+    let mut journal = Vec::new();
+    let mut ladder = ladder();
+    let opened = state.open(at(0), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+    write(&mut state, &mut journal, opened);
+    state.alerts.clear();
+    let Action::Note { record } = next(&state, &ladder, at(1)) else { panic!() };
+    write(&mut state, &mut journal, record);
+    // The configuration changes under the climb: a new agent divides.
+    ladder.limits = Limits::divided(10).unwrap();
+    let Action::Spawn { deadline, .. } = next(&state, &ladder, at(2)) else { panic!() };
+    assert_eq!(deadline.ms, 2 + 10_000, "a restart's work gets what it was promised");
+    assert!(matches!(next(&state, &ladder, at(59_000)), Action::Spawn { .. }));
+    // Records without limits are of the whole ones: journals of before fold as they did.
+    let old = serde_json::to_string(&journal).unwrap();
+    assert!(!old.contains("limits"), "{old}");
+    let absurd = r#"{"at":{"boot":1,"ms":3},"event":{"type":"climb-began","climb":1,"full":false,"limits":0,"why":""}}"#;
+    let mut fresh = State::replay(journal.iter().take(1)).unwrap();
+    assert!(
+        apply(&mut fresh, &serde_json::from_str(absurd).unwrap()).is_err(),
+        "nothing is divided by nothing"
+    );
+}
+
+#[test]
+fn a_start_that_serves_at_the_end_of_its_turn_is_confirmed_and_not_interrupted() {
+    let mut state = State::default();
+    let mut journal = Vec::new();
+    let ladder = ladder();
+    let opened = state.open(at(0), IncidentKind::Outage, "it fell", Vec::new()).unwrap();
+    write(&mut state, &mut journal, opened);
+    state.alerts.clear();
+    let Action::Note { record } = next(&state, &ladder, at(0)) else { panic!() };
+    write(&mut state, &mut journal, record);
+    let Action::Spawn { intent, step, .. } = next(&state, &ladder, at(0)) else { panic!() };
+    write(&mut state, &mut journal, intent);
+    for event in [
+        Event::Ended { step, how: How::Exited { code: 0 } },
+        Event::Emptied { step, killed: 0, claim: Claim::Ready { inputs: 9 } },
+    ] {
+        write(&mut state, &mut journal, Record::new(at(1_000), event));
+    }
+    let Action::Start { intent, start, .. } = next(&state, &ladder, at(1_000)) else { panic!() };
+    write(&mut state, &mut journal, intent);
+    write(&mut state, &mut journal, Record::new(at(1_000), Event::Started { start, error: None }));
+    let Action::Judge { until, .. } = next(&state, &ladder, at(1_000)) else { panic!() };
+    // It serves a second before its turn ends: too late for three probes over five seconds.
+    let verdict = Verdict::Serving { degraded: Vec::new() };
+    let seen = Event::Judged { verdict: verdict.clone(), confirmed: false, clean: true };
+    write(&mut state, &mut journal, Record::new(at(until.ms - 1_000), seen));
+    assert!(matches!(next(&state, &ladder, at(until.ms + 4_000)), Action::Judge { .. }));
+    let mut sure = state.clone();
+    let word = Event::Judged { verdict, confirmed: true, clean: true };
+    write(&mut sure, &mut Vec::new(), Record::new(at(until.ms + 4_000), word));
+    let Action::Note { record } = next(&sure, &ladder, at(until.ms + 4_000)) else { panic!() };
+    assert!(matches!(record.event, Event::Recovered { layer: Some(Layer::Restart), .. }), "{record:?}");
+    // One good look that nothing follows is no reason to wait for ever.
+    let Action::Note { record } = next(&state, &ladder, at(until.ms + 9_000)) else { panic!() };
+    assert!(matches!(record.event, Event::Failed { .. }), "{record:?}");
+}
+
+#[test]
 fn if_every_start_hangs_every_layer_has_its_turn_and_the_climb_its_end() {
     let script = Script { work_ms: Some(9_000), start_ms: None };
     let (state, journal) = climb(script, &mut ladder(), IncidentKind::Outage);
@@ -178,7 +268,16 @@ fn a_slow_start_that_progresses_gets_the_later_layers_slices() {
     write(
         &mut state,
         &mut journal,
-        Record::new(at(0), Event::ClimbBegan { climb: 1, full: false, only: None, why: String::new() }),
+        Record::new(
+            at(0),
+            Event::ClimbBegan {
+                climb: 1,
+                full: false,
+                only: None,
+                limits: Limits::default(),
+                why: String::new(),
+            },
+        ),
     );
     // Somebody's start is under way: it is waited for to the end of the climb's work.
     match next(&state, &ladder, at(1)) {
@@ -316,6 +415,7 @@ fn one_layer_that_was_asked_for_is_tried_alone_and_then_all_of_them() {
         climb: 1,
         full: false,
         only: Some(Layer::SystemInstall),
+        limits: Limits::default(),
         why: "asked for by hand".to_owned(),
     };
     assert_eq!(record.event, asked);
@@ -384,8 +484,15 @@ fn events() -> impl Strategy<Value = Event> {
             findings: vec![finding()]
         }),
         kinds().prop_map(|kind| Event::Escalated { kind, cause: String::new(), findings: Vec::new() }),
-        (0u32..4, any::<bool>(), prop::option::of(layers()))
-            .prop_map(|(climb, full, only)| { Event::ClimbBegan { climb, full, only, why: String::new() } }),
+        (0u32..4, any::<bool>(), prop::option::of(layers()), 1u32..=engine::MOST_DIVISOR).prop_map(
+            |(climb, full, only, divisor)| Event::ClimbBegan {
+                climb,
+                full,
+                only,
+                limits: Limits::divided(divisor).unwrap_or_default(),
+                why: String::new()
+            }
+        ),
         layers().prop_map(|layer| Event::Passed { layer, reason: String::new() }),
         (small.clone(), layers(), 0u8..4, any::<u64>(), any::<u64>()).prop_map(
             |(step, layer, attempt, until, turn_ms)| Event::Intent {

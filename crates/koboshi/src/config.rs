@@ -174,15 +174,35 @@ pub struct Climbing {
     pub skip: Vec<engine::Layer>,
     /// A node that layer 3 displaced moves back into its own prefix by itself, once that can be written to again.
     pub return_home: bool,
+    /// By what every limit of a climb is divided: for drills, which cannot wait ten minutes.
+    pub divide_limits_by: u32,
 }
 
 impl Default for Climbing {
     fn default() -> Climbing {
-        Climbing { skip: Vec::new(), return_home: true }
+        Climbing { skip: Vec::new(), return_home: true, divide_limits_by: 1 }
     }
 }
 
 impl Climbing {
+    /// The limits of a climb. What does not divide anything was refused when the file was read.
+    pub fn limits(&self) -> engine::Limits {
+        engine::Limits::divided(self.divide_limits_by).unwrap_or_default()
+    }
+
+    /// What is to be said of limits that are not those of life.
+    pub fn shortened(&self) -> Option<String> {
+        let limits = self.limits();
+        let climb_s = limits.of(engine::CLIMB_MS) / 1_000;
+        (!limits.whole()).then(|| {
+            format!(
+                "every limit of the ladder is divided by {}: a climb ends after {climb_s} s, for drills only \
+                 ([ladder] divide_limits_by)",
+                limits.divisor()
+            )
+        })
+    }
+
     /// Why a layer is passed over, where its owner says so.
     pub fn refuses(&self, layer: engine::Layer) -> Option<String> {
         self.skip.contains(&layer).then(|| "switched off in the configuration ([ladder] skip)".to_owned())
@@ -246,6 +266,12 @@ fn sensible(file: &Path, config: &Config) -> Result<()> {
                 b.state_every_least_s, b.state_every_most_s
             ),
             "make the least the smaller of the two",
+        );
+    }
+    if engine::Limits::divided(config.ladder.divide_limits_by).is_none() {
+        return wrong(
+            format!("[ladder] divide_limits_by is {}", config.ladder.divide_limits_by),
+            &format!("1 for the limits of life; 2 to {} for drills", engine::MOST_DIVISOR),
         );
     }
     let all = [
@@ -347,6 +373,26 @@ mod contradictions {
         assert!(load(&file).unwrap_err().why.contains("settle_s"));
         std::fs::write(&file, "[backup]\nstate_every_least_s = 5\nstate_every_most_s = 8\n").unwrap();
         assert!(load(&file).is_ok());
+    }
+
+    #[test]
+    fn limits_are_divided_within_bounds_and_it_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("koboshi.toml");
+        std::fs::write(&file, "").unwrap();
+        let config = load(&file).unwrap();
+        assert!(config.ladder.limits().whole());
+        assert_eq!(config.ladder.shortened(), None);
+        std::fs::write(&file, "[ladder]\ndivide_limits_by = 10\n").unwrap();
+        let config = load(&file).unwrap();
+        assert_eq!(config.ladder.limits().of(engine::CLIMB_MS), 60_000);
+        assert!(config.ladder.shortened().unwrap().contains("divided by 10: a climb ends after 60 s"));
+        for wrong in [0, 21, 4_000_000_000_u32] {
+            std::fs::write(&file, format!("[ladder]\ndivide_limits_by = {wrong}\n")).unwrap();
+            let e = load(&file).unwrap_err();
+            assert_eq!(e.kind, Kind::Usage);
+            assert!(e.why.contains(&wrong.to_string()), "{e}");
+        }
     }
 }
 

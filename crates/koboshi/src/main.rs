@@ -11,6 +11,7 @@ mod patient;
 mod places;
 mod print;
 mod reinstall;
+mod sources;
 mod space;
 mod spare;
 mod step;

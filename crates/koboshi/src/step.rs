@@ -65,6 +65,8 @@ pub enum Work {
     Contacts,
     /// Tells the dead man's switch that all is well.
     Beat,
+    /// Asks registry, peers and store whether they answer; `done` names those that do.
+    Sources,
     /// Layer 0.
     Restart {
         /// The gateway does not answer.
@@ -153,6 +155,7 @@ impl Work {
             | Work::Deliver
             | Work::Contacts
             | Work::Beat
+            | Work::Sources
             | Work::Scrub
             | Work::TrialOver { .. }
             | Work::Restart { .. }
@@ -179,6 +182,9 @@ pub struct Request {
     pub node: Node,
     /// What is expected of it.
     pub baseline: Option<Baseline>,
+    /// The store did not answer a moment ago: whoever opened it now would hang with it.
+    #[serde(default)]
+    pub without_store: bool,
 }
 
 /// What a step says it found or did.
@@ -289,37 +295,67 @@ pub fn run(request_path: &Path) -> Result<()> {
     let request: Request = serde_json::from_slice(&bytes)
         .map_err(|e| Error::new(Kind::Usage, format!("read the request {}", request_path.display()), e))?;
     let deadline = Deadline::from_env().unwrap_or_else(|| Deadline::after(DEFAULT_LIMIT));
-    let outcome = work(&request, deadline);
+    let early = |answer: &Answer| say(request_path, answer);
+    let outcome = work(&request, deadline, &early);
     let said = match &outcome {
         Ok(answer) => answer.clone(),
         Err(e) => Answer::Failed { what: e.what.clone(), why: e.why.clone() },
     };
-    let text = serde_json::to_vec(&said).map_err(|e| Error::new(Kind::System, "write the answer", e))?;
-    files::write_atomic(&answer_path(request_path), &text, 0o600)?;
+    say(request_path, &said)?;
     outcome.map(|_| ())
 }
 
-fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
+fn say(request_path: &Path, answer: &Answer) -> Result<()> {
+    let text = serde_json::to_vec(answer).map_err(|e| Error::new(Kind::System, "write the answer", e))?;
+    files::write_atomic(&answer_path(request_path), &text, 0o600)
+}
+
+/// Looks. What can be said without the store is said before it is touched: a disk that hangs takes everybody along who
+/// reads from it, and only restore needs it.
+fn examine(
+    request: &Request,
+    places: &Places,
+    (care, users): (Care, bool),
+    deadline: Deadline,
+    early: &dyn Fn(&Answer) -> Result<()>,
+) -> Result<Answer> {
+    let node = &request.node;
+    // A proof that cannot be read proves nothing.
+    let proof = Proof::load(&places.state_dir).unwrap_or_default();
+    let seen = layers::see(node, request.baseline.as_ref(), care, deadline);
+    // In daily life nothing waits for this answer, and the second weighing would be paid for all day.
+    if care != Care::Quick || request.without_store {
+        let mut known = layers::weigh(node, seen.clone(), None, proof.as_ref(), deadline)?;
+        known.store_hangs = true;
+        known.low = known.low.or_else(|| node::gates::low(&[&places.state_dir]));
+        known.notice(
+            "the store did not answer: it is not known what is different from the snapshot".to_owned(),
+        );
+        let known = Answer::Examined(Box::new(known));
+        if request.without_store {
+            return Ok(known);
+        }
+        early(&known)?;
+    }
+    // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
+    let store = open_store(places);
+    let usable = store.as_ref().ok().and_then(Option::as_ref);
+    let mut examination = layers::weigh(node, seen, usable, proof.as_ref(), deadline)?;
+    if let Err(e) = store {
+        examination.notice(format!("the store cannot be used: {}", e.why));
+    }
+    examination.low = examination.low.or_else(|| node::gates::low(&[&places.state_dir]));
+    examination.users = users.then(|| node::users::stamp(node, deadline));
+    Ok(Answer::Examined(Box::new(examination)))
+}
+
+fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result<()>) -> Result<Answer> {
     let config = crate::config::load(&request.config_file)?;
     let places = Places::new(request.config_file.clone(), &config)?;
     node::copies::keep_in(places.reading());
     let node = &request.node;
     match &request.work {
-        Work::Examine { care, users } => {
-            // A store that cannot be used is a reason why a layer does not apply, not why nothing can be looked at.
-            let store = open_store(&places);
-            // So is a proof that cannot be read: it proves nothing.
-            let proof = Proof::load(&places.state_dir).unwrap_or_default();
-            let (usable, baseline) =
-                (store.as_ref().ok().and_then(Option::as_ref), request.baseline.as_ref());
-            let mut examination = layers::examine(node, usable, baseline, proof.as_ref(), *care, deadline)?;
-            if let Err(e) = store {
-                examination.notice(format!("the store cannot be used: {}", e.why));
-            }
-            examination.low = examination.low.or_else(|| node::gates::low(&[&places.state_dir]));
-            examination.users = users.then(|| node::users::stamp(node, deadline));
-            Ok(Answer::Examined(Box::new(examination)))
-        }
+        Work::Examine { care, users } => examine(request, &places, (*care, *users), deadline, early),
         Work::Snapshot { classes, note } => {
             // What its user writes is not the update's, and an update may hang for long.
             if classes.is_empty() || classes.iter().any(|c| c.converges()) {
@@ -344,7 +380,8 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
             let channels = voice::channels(&config, &places, Some(&node.home));
             // Told in time to whoever waits for it, whatever a channel does meanwhile.
-            let delivery = alert::deliver(&mut outbox, &channels, deadline.min(Deadline::after(PASS_LIMIT)));
+            let pass = config.ladder.limits().span(PASS_LIMIT);
+            let delivery = alert::deliver(&mut outbox, &channels, deadline.min(Deadline::after(pass)));
             Ok(Answer::Delivered {
                 accepted: delivery.accepted.iter().filter(|r| !r.local).map(|r| r.key.clone()).collect(),
                 waiting: delivery.queued,
@@ -361,6 +398,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 None => Some("no heartbeat address is configured".to_owned()),
             },
         }),
+        Work::Sources => crate::sources::ask(node, &config, &places, deadline, early),
         Work::Restart { hung } => {
             with_bench(request, &config, &places, 0, deadline, |bench| layers::restart::work(bench, *hung))
         }
@@ -387,7 +425,7 @@ fn work(request: &Request, deadline: Deadline) -> Result<Answer> {
                 layers::user_install::work(bench, &order, *hung)
             })
         }
-        Work::AskSudo => match sudo::ask(node, deadline) {
+        Work::AskSudo => match sudo::ask(node, sudo::ask_limit(config.ladder.limits()), deadline) {
             Ok(()) => Ok(Answer::Done(Report::default())),
             Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
         },
@@ -457,7 +495,7 @@ fn with_bench(
     let containers = places.containers(&request.node)?;
     let mut service = Service::of(&request.node, config, &containers, places)?;
     // A damaged store must not keep layer 0 from working.
-    let store = open_store(places).unwrap_or_default();
+    let store = if request.without_store { None } else { open_store(places).unwrap_or_default() };
     let mut bench = Bench {
         node: &request.node,
         manager: service.manager(),
@@ -466,13 +504,15 @@ fn with_bench(
         quarantine: places.quarantine().join(format!("{incident:08}")),
         spares: spare::ready(&request.node),
         deadline,
+        limits: config.ladder.limits(),
     };
     work(&mut bench).map(Answer::Done)
 }
 
 /// The store, if there is one yet.
 pub fn open_store(places: &Places) -> Result<Option<Store>> {
-    if !places.store().is_dir() {
+    // An empty directory is a disk that was mounted for a store to come.
+    if std::fs::read_dir(places.store()).map_or(true, |mut entries| entries.next().is_none()) {
         return Ok(None);
     }
     Store::open(&places.store(), &places.key_file).map(Some)

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
 use crate::reinstall;
-use engine::Layer;
+use engine::{Layer, Limits};
 use host::clock::Deadline;
 use host::run::{Cmd, Output, run};
 use host::user::as_user;
@@ -26,6 +26,7 @@ const PROGRAM: &str = "/usr/bin/koboshi";
 const WHAT: &str = "system-install";
 /// sudo answers in milliseconds; on a host with dead DNS it takes 12 s, and one that hangs in PAM never does.
 pub const ASK_LIMIT: Duration = Duration::from_secs(4);
+const ASK_LEAST: Duration = Duration::from_secs(1);
 /// What the whole of it may take when nobody says otherwise.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(140);
 const FILE_LIMIT_BYTES: u64 = 1 << 20;
@@ -37,15 +38,20 @@ pub fn needed(node: &Node, places: &Places) -> bool {
     !rustix::process::geteuid().is_root() && denied
 }
 
+/// How long sudo is waited for. Also under divided limits a host that is merely busy is not one whose sudo hangs.
+pub fn ask_limit(limits: Limits) -> Duration {
+    limits.span(ASK_LIMIT).max(ASK_LEAST)
+}
+
 /// Asks sudo whether it would. Nothing is run by it.
 ///
 /// # Errors
 /// Why not, in sudo's words.
-pub fn ask(node: &Node, deadline: Deadline) -> std::result::Result<(), String> {
+pub fn ask(node: &Node, limit: Duration, deadline: Deadline) -> std::result::Result<(), String> {
     let cmd = Cmd::new("sudo", ["-n", "-l", PROGRAM, "step", WHAT, node.name.as_str()]);
-    match run(&cmd, deadline.min(Deadline::after(ASK_LIMIT))) {
+    match run(&cmd, deadline.min(Deadline::after(limit))) {
         Ok(out) if out.ok() => Ok(()),
-        Ok(out) if out.timed_out => Err(format!("sudo did not answer within {} s", ASK_LIMIT.as_secs())),
+        Ok(out) if out.timed_out => Err(format!("sudo did not answer within {} s", limit.as_secs())),
         Ok(out) => Err(format!("sudo does not permit it: {}", words(&out))),
         Err(e) => Err(e.why),
     }
@@ -149,7 +155,7 @@ pub fn install(name: &str) -> Result<Report> {
     if !is_name(name) {
         return Err(Error::new(Kind::Usage, format!("install for {name:?}"), "this is no node's name"));
     }
-    let deadline = Deadline::after(DEFAULT_LIMIT);
+    let deadline = Deadline::after(config.ladder.limits().span(DEFAULT_LIMIT));
     let file = enrolled(&places, name);
     roots_own(&file)?;
     let node: Node = serde_json::from_slice(&files::read_bounded(&file, FILE_LIMIT_BYTES)?)
@@ -175,6 +181,7 @@ pub fn install(name: &str) -> Result<Report> {
         quarantine: own.quarantine(),
         spares: Vec::new(),
         deadline,
+        limits: config.ladder.limits(),
     };
     layers::system_install::work(&mut bench, &order, false)
 }

@@ -6,7 +6,7 @@
 
 use crate::install::Proof;
 use crate::restore::Choice;
-use engine::{Class, FaultKind, Finding};
+use engine::{Class, FaultKind, Finding, Moment};
 use host::clock::Deadline;
 use host::{Kind, Result};
 use node::refusal::Checked;
@@ -72,6 +72,9 @@ pub struct Examination {
     /// with its end.
     #[serde(default)]
     pub rescue: bool,
+    /// The store had not answered when this was said: what it holds is not known, and nothing can be taken from it now.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub store_hangs: bool,
     /// The snapshot that a repair would use first.
     pub snapshot: Option<String>,
     /// The age of the newest good copy of each class, in seconds.
@@ -102,6 +105,30 @@ impl Examination {
     }
 }
 
+/// What can be seen of a node without what is remembered of it.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    began: Moment,
+    care: Care,
+    findings: Vec<Finding>,
+    checked: Option<Checked>,
+}
+
+/// The first half of a look: the node itself.
+pub fn see(node: &Node, baseline: Option<&Baseline>, care: Care, deadline: Deadline) -> Seen {
+    let began = host::clock::now();
+    let depth = match care {
+        Care::Quick => triage::Depth::Quick,
+        Care::Down | Care::Thorough => triage::Depth::Full,
+    };
+    let unknown = Baseline::default();
+    // A large database must not cost the whole look: what cannot be checked in time is unknown, not broken.
+    let for_triage = deadline.min(Deadline::after(TRIAGE_LIMIT));
+    let triage::Triage { findings, checked } =
+        triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
+    Seen { began, care, findings, checked }
+}
+
 /// Looks.
 pub fn examine(
     node: &Node,
@@ -111,17 +138,22 @@ pub fn examine(
     care: Care,
     deadline: Deadline,
 ) -> Result<Examination> {
-    let began = host::clock::now();
-    let (depth, compare) = match care {
-        Care::Quick => (triage::Depth::Quick, Depth::Stat),
-        Care::Down => (triage::Depth::Full, Depth::Stat),
-        Care::Thorough => (triage::Depth::Full, Depth::Hash),
+    weigh(node, see(node, baseline, care, deadline), store, proof, deadline)
+}
+
+/// The second half: what was seen against what is remembered.
+pub fn weigh(
+    node: &Node,
+    seen: Seen,
+    store: Option<&Store>,
+    proof: Option<&Proof>,
+    deadline: Deadline,
+) -> Result<Examination> {
+    let Seen { began, care, mut findings, checked } = seen;
+    let compare = match care {
+        Care::Quick | Care::Down => Depth::Stat,
+        Care::Thorough => Depth::Hash,
     };
-    let unknown = Baseline::default();
-    // A large database must not cost the whole look: what cannot be checked in time is unknown, not broken.
-    let for_triage = deadline.min(Deadline::after(TRIAGE_LIMIT));
-    let triage::Triage { mut findings, checked } =
-        triage::examine(node, baseline.unwrap_or(&unknown), depth, for_triage);
     // A store that fails under the look is as good as none: what can be seen without it still counts.
     let (store, trusted) = match store.map(|s| (s, s.newest_trusted(None))) {
         Some((store, Ok(trusted))) => (Some(store), trusted),
@@ -189,6 +221,7 @@ pub fn examine(
         inputs,
         leftovers,
         rescue,
+        store_hangs: false,
         snapshot: trusted.as_ref().map(|t| t.id.clone()),
         version: trusted.as_ref().and_then(|t| t.version.clone()),
         ages_s: trusted.as_ref().map(ages).unwrap_or_default(),

@@ -21,9 +21,9 @@ mod trees;
 pub mod trial;
 pub mod user_install;
 
-pub use examine::{Care, Examination, Need, examine};
+pub use examine::{Care, Examination, Need, examine, see, weigh};
 
-use engine::Class;
+use engine::{Class, Limits};
 use host::clock::Deadline;
 use host::service::Manager;
 use node::{Baseline, Node};
@@ -56,6 +56,8 @@ pub struct Bench<'a> {
     pub spares: Vec<(String, PathBuf)>,
     /// When the work is killed.
     pub deadline: Deadline,
+    /// By what the limits inside the work are divided, as its deadline is.
+    pub limits: Limits,
 }
 
 impl Bench<'_> {

@@ -248,6 +248,7 @@ echo '{"valid":true,"warnings":[]}'
             quarantine: dir.path().join("quarantine/00000001"),
             spares: Vec::new(),
             deadline: host::clock::Deadline::after(std::time::Duration::from_secs(30)),
+            limits: engine::Limits::default(),
         };
         let mut report = Report::default();
         assert!(super::config(&bench, &mut report).unwrap());

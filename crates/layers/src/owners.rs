@@ -184,6 +184,7 @@ mod tests {
     fn work(node: &Node, dir: &Path) -> Report {
         let mut manager = Nobody;
         let mut bench = Bench {
+            limits: engine::Limits::default(),
             node,
             manager: &mut manager,
             store: None,

@@ -13,7 +13,7 @@ mod stage;
 
 use crate::trees::{self, Modes};
 use crate::{Bench, Report, quiet};
-use engine::Class;
+use engine::{Class, Limits};
 use host::clock::{self, Deadline};
 use host::exchange::{self, Swapped};
 use host::{Context, Error, Kind, Result, files};
@@ -183,6 +183,24 @@ fn hex(name: &Name) -> String {
     name.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// Whether the SSH server of at least one peer says its first line. Nothing is proven by it but that it speaks.
+#[must_use]
+pub fn one_speaks(peers: &[Peer], deadline: Deadline) -> bool {
+    use std::io::Read;
+    use std::net::ToSocketAddrs;
+    peers.iter().take(MAX_PEERS).any(|peer| {
+        let found = (peer.host.as_str(), peer.port).to_socket_addrs().ok().and_then(|mut all| all.next());
+        let left = || deadline.left().max(Duration::from_millis(1));
+        let Some(Ok(mut stream)) = found.map(|at| std::net::TcpStream::connect_timeout(&at, left())) else {
+            return false;
+        };
+        let mut word = [0; 4];
+        stream.set_read_timeout(Some(left())).is_ok()
+            && stream.read_exact(&mut word).is_ok()
+            && word == *b"SSH-"
+    })
+}
+
 /// What is to lie here, and who says so.
 struct Goal {
     list: Manifest,
@@ -311,6 +329,7 @@ struct Copy<'a> {
     stages: Vec<(Tree, Stage)>,
     waiting: Vec<Heard>,
     deadline: Deadline,
+    limits: Limits,
 }
 
 impl<'a> Copy<'a> {
@@ -328,6 +347,7 @@ impl<'a> Copy<'a> {
             stages: Vec::new(),
             waiting: Vec::new(),
             deadline: bench.deadline,
+            limits: bench.limits,
         }
     }
 
@@ -417,16 +437,17 @@ impl<'a> Copy<'a> {
 
     /// A donor's part of the time that is left: a slow one must not use up all of it while others wait.
     fn share(&self, of: usize) -> Deadline {
-        let left =
-            u64::try_from(self.deadline.left().as_millis()).unwrap_or(u64::MAX).saturating_sub(TAIL_MS);
-        let part = (left / of.max(1) as u64).max(LEAST_SHARE_MS).min(left);
+        let left = u64::try_from(self.deadline.left().as_millis())
+            .unwrap_or(u64::MAX)
+            .saturating_sub(self.limits.of(TAIL_MS));
+        let part = (left / of.max(1) as u64).max(self.limits.of(LEAST_SHARE_MS)).min(left);
         Deadline::after(Duration::from_millis(part))
     }
 
     fn ask(&mut self, peer: &Peer, until: Deadline, report: &mut Report) -> Result<()> {
         let target = peer.target(&self.node.user, &self.help.identity);
         let began = clock::now();
-        let mut call = Call::open(&self.help.me, &target, SILENCE, until)?;
+        let mut call = Call::open(&self.help.me, &target, self.limits.span(SILENCE), until)?;
         let status = call.status()?;
         self.fits(&status).map_err(|why| Error::new(Kind::NotFound, "using this donor", why))?;
         // The donor serves what it listed: it is asked for its list also where ours is the one that counts.

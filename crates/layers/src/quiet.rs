@@ -1,6 +1,7 @@
 //! Stops the gateway for certain: the one act that restart and restore share.
 
 use crate::{Bench, DRAIN, GRACE, GRACE_HUNG, Report};
+use engine::Limits;
 use host::clock::Deadline;
 use host::process::{ProcessId, Signal};
 use host::service::Stopped;
@@ -20,13 +21,16 @@ pub fn hold(bench: &mut Bench<'_>, report: &mut Report) {
 
 /// How long the gateway gets to end by itself. One that answers may have turns to finish: it gets all that the step can
 /// spare beyond what its own work `needs`, at least the usual grace and at most what its service allows for a drain.
-fn grace(hung: bool, left: Duration, needs: Duration) -> Duration {
-    if hung { GRACE_HUNG } else { left.saturating_sub(needs).clamp(GRACE, DRAIN) }
+fn grace(hung: bool, left: Duration, needs: Duration, limits: Limits) -> Duration {
+    if hung {
+        return limits.span(GRACE_HUNG);
+    }
+    left.saturating_sub(limits.span(needs)).clamp(limits.span(GRACE), DRAIN)
 }
 
 /// After this there is no gateway process that is ours. `needs` is what the step's work takes after the stop.
 pub fn stop(bench: &mut Bench<'_>, hung: bool, needs: Duration, report: &mut Report) -> Result<()> {
-    let grace = grace(hung, bench.deadline.left(), needs);
+    let grace = grace(hung, bench.deadline.left(), needs, bench.limits);
     let ran = bench.node.gateway().is_some();
     match bench.manager.stop(grace, bench.deadline)? {
         Stopped::Clean { .. } if !ran => report.did("no gateway was running; nothing of it is left"),
@@ -84,10 +88,13 @@ mod tests {
     #[test]
     fn a_gateway_that_answers_may_drain_for_as_long_as_the_step_can_wait() {
         let s = Duration::from_secs;
-        assert_eq!(grace(true, s(60), s(30)), GRACE_HUNG, "nothing is finished by one that hangs");
-        assert_eq!(grace(false, s(60), s(30)), s(30));
-        assert_eq!(grace(false, s(15), s(30)), GRACE, "never less than the usual");
-        assert_eq!(grace(false, s(1_000), s(30)), DRAIN, "never more than its own service allows");
+        let whole = Limits::default();
+        let tenth = Limits::divided(10).unwrap();
+        assert_eq!(grace(true, s(60), s(30), whole), GRACE_HUNG, "nothing is finished by one that hangs");
+        assert_eq!(grace(false, s(60), s(30), whole), s(30));
+        assert_eq!(grace(false, s(15), s(30), whole), GRACE, "never less than the usual");
+        assert_eq!(grace(false, s(1_000), s(30), whole), DRAIN, "never more than its own service allows");
+        assert_eq!(grace(false, s(6), s(30), tenth), s(3), "a tenth of the time, a tenth of the needs");
     }
 
     #[test]

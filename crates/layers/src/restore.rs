@@ -779,6 +779,7 @@ mod tests {
             quarantine: dir.join("quarantine/00000001"),
             spares: Vec::new(),
             deadline: host::clock::Deadline::after(std::time::Duration::from_secs(30)),
+            limits: engine::Limits::default(),
         }
     }
 

@@ -172,6 +172,7 @@ impl Agent {
         ladder.hands_off = world.hands_off.then(|| "paused".to_owned());
         ladder.only = world.asked;
         ladder.journal_ok = self.journal_ok;
+        ladder.limits = world.limits;
         ladder.evidence = world.sources;
         ladder.jitter_permille = i32::try_from(mix(world.now) % 2001).unwrap_or(0) - 1000;
         ladder
@@ -276,6 +277,7 @@ impl Agent {
     fn spawn(&mut self, site: &mut Site, intent: Record, step: u64, layer: Layer) -> Go {
         let early = site.brain.is(Mutant::SpawnBeforeIntent);
         let most = self.ladder(&site.world).rung(layer).map_or(1_000, |rung| rung.work_most_ms);
+        let most = site.world.limits.of(most);
         if early {
             site.checks.spawn(&site.world, step, layer)?;
             let _ = site.world.spawn(step, layer, most);
@@ -327,7 +329,8 @@ impl Agent {
         let polite = site.brain.is(Mutant::NoKillAfterExit) && self.holding == Some(step);
         let lazy = site.brain.is(Mutant::NoKillOfLost) && self.holding != Some(step);
         let killed = if polite || lazy { Ok(0) } else { site.world.kill(step) };
-        let takes = site.world.rng.between(1, 1_500);
+        let longest_ms = site.world.limits.of(1_500);
+        let takes = site.world.rng.between(1, longest_ms);
         site.world.advance(site.world.now + takes);
         if !polite && !lazy {
             site.checks.kill(&site.world, step, killed.is_ok())?;

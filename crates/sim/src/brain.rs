@@ -7,8 +7,8 @@
 
 use engine::state::{Fate, HoldKind, Phase};
 use engine::{
-    Action, AlertKind, Claim, Event, How, Illegal, IncidentKind, Ladder, Layer, Moment, Record, Stage, State,
-    Verdict,
+    Action, AlertKind, Claim, Event, How, Illegal, IncidentKind, Ladder, Layer, Limits, Moment, Record,
+    Stage, State, Verdict,
 };
 
 /// One way of being wrong.
@@ -98,11 +98,13 @@ pub enum Mutant {
     FallIsDamage,
     /// A climb that was asked for one layer tries them all.
     AskedTriesAll,
+    /// Limits that are configured to be divided are not.
+    LimitsForgotten,
 }
 
 impl Mutant {
     /// Every mutant.
-    pub const ALL: [Mutant; 42] = [
+    pub const ALL: [Mutant; 43] = [
         Mutant::NoKillAfterExit,
         Mutant::NoKillOfLost,
         Mutant::SpawnBeforeIntent,
@@ -145,6 +147,7 @@ impl Mutant {
         Mutant::DamageIsEmergency,
         Mutant::FallIsDamage,
         Mutant::AskedTriesAll,
+        Mutant::LimitsForgotten,
     ];
 
     /// Its name, as in `docs/simulation.md`.
@@ -196,6 +199,7 @@ impl Brain {
             Mutant::PauseIgnored => ladder.hands_off = None,
             Mutant::JournalIgnored => ladder.journal_ok = true,
             Mutant::StartInterrupted => ladder.start.progressing = false,
+            Mutant::LimitsForgotten => ladder.limits = Limits::default(),
             Mutant::LayerSkipped => {
                 for rung in ladder.rungs.iter_mut().filter(|rung| rung.layer == Layer::UserInstall) {
                     rung.applies = Err("nobody knows".to_owned());
@@ -232,7 +236,7 @@ impl Brain {
                     (&mut intent.event, state.climb())
                 {
                     let spent_ms = state.time_ms(now).saturating_sub(climb.began_ms);
-                    *turn_ms = engine::CLIMB_WORK_MS.saturating_sub(spent_ms);
+                    *turn_ms = climb.limits.of(engine::CLIMB_WORK_MS).saturating_sub(spent_ms);
                     *deadline = now.plus_ms(*turn_ms);
                     *told = *deadline;
                 }

@@ -93,8 +93,13 @@ struct Held {
 /// All checkers and their books.
 #[derive(Debug, Default)]
 pub struct Checks {
+    /// By what this host's limits are divided.
+    divisor: u64,
     /// True time in which no agent lived.
     pub down_ms: u64,
+    /// The same when the agent that lives now was first heard, and the true time then.
+    known_down_ms: u64,
+    woke_ms: u64,
     /// A fingerprint of everything that was done, exit codes left out.
     pub trace: u64,
     /// True time of the last record.
@@ -166,10 +171,21 @@ impl Counts {
 type Check = Result<(), Violation>;
 
 impl Checks {
+    /// Empty books of a host whose limits are divided by this.
+    #[must_use]
+    pub fn new(divisor: u32) -> Checks {
+        Checks { divisor: u64::from(divisor), ..Checks::default() }
+    }
+
     /// A violation.
     #[must_use]
     pub fn fail(&self, checker: &'static str, at_ms: u64, what: &str) -> Violation {
         Violation { checker, at_ms, what: what.to_owned() }
+    }
+
+    /// What a limit of the contract comes to on this host.
+    fn of(&self, whole_ms: u64) -> u64 {
+        whole_ms / self.divisor.max(1)
     }
 
     fn must(&self, holds: bool, checker: &'static str, world: &World, what: &str) -> Check {
@@ -260,8 +276,14 @@ impl Checks {
     /// # Errors
     /// What is wrong with it.
     pub fn action(&mut self, world: &World, ladder: &Ladder, action: &Action) -> Check {
+        if self.known_down_ms != self.down_ms {
+            (self.known_down_ms, self.woke_ms) = (self.down_ms, world.now);
+        }
         // A layer that begins to apply in the middle of a climb was not reckoned with before.
-        let anew = self.ladder.as_ref().is_some_and(|known| known.evidence != ladder.evidence);
+        let anew = self
+            .ladder
+            .as_ref()
+            .is_some_and(|known| known.evidence != ladder.evidence || known.journal_ok != ladder.journal_ok);
         if anew {
             self.disturb();
         }
@@ -290,14 +312,14 @@ impl Checks {
     fn climb_time(&self, world: &World) -> Check {
         let Some(climb) = &self.climb else { return Ok(()) };
         let ran_ms = self.active(world).saturating_sub(climb.began_ms);
-        self.must(ran_ms <= CLIMB_MS, "total-deadline", world, "a climb goes on after its 600 s")
+        self.must(ran_ms <= self.of(CLIMB_MS), "total-deadline", world, "a climb goes on after its 600 s")
     }
 
     /// step-deadline: nothing of ours lives long after its deadline.
     fn deadlines(&self, world: &World) -> Check {
         let now = self.active(world);
         for step in self.steps.iter().filter(|step| !step.emptied) {
-            let late = now > step.deadline_ms.saturating_add(KILL_SLACK_MS);
+            let late = now > step.deadline_ms.saturating_add(self.of(KILL_SLACK_MS));
             let lives = ours(world, step.step).is_some_and(|one| one.lives(world.now));
             self.must(
                 !(late && lives) || step.stubborn,
@@ -344,7 +366,7 @@ impl Checks {
                     held: None,
                 });
                 let key = AlertKey { incident: *incident, kind: AlertKind::Opening };
-                self.opening_due = Some((key, now + CLIMB_MS));
+                self.opening_due = Some((key, now + self.of(CLIMB_MS)));
             }
             Event::Escalated { kind, .. } => {
                 if let Some(incident) = &mut self.incident {
@@ -395,6 +417,10 @@ impl Checks {
                 self.disturb();
             }
             Event::Judged { verdict, confirmed, clean } => {
+                if self.divisor > 1 && !confirmed && matches!(verdict, Verdict::Serving { .. }) {
+                    // Its confirmation is waited for at the judge's own pace, which is not divided.
+                    self.disturb();
+                }
                 if let Some(incident) = &mut self.incident {
                     let whole = *clean || incident.kind == IncidentKind::Outage;
                     incident.serves = *confirmed && whole && matches!(verdict, Verdict::Serving { .. });
@@ -465,7 +491,8 @@ impl Checks {
         let now = self.active(world);
         // One that was asked for ends with its layer, and is followed by one of all layers.
         if let Some(climb) = self.climb.take() {
-            let spent = now.saturating_sub(climb.began_ms) + 30_000 >= CLIMB_MS || climb.disturbed;
+            let spent =
+                now.saturating_sub(climb.began_ms) + self.of(30_000) >= self.of(CLIMB_MS) || climb.disturbed;
             let over = climb.only.is_some_and(|layer| climb.done.contains(&layer) || spent);
             self.climb = (!over).then_some(climb);
         }
@@ -473,6 +500,7 @@ impl Checks {
         self.nothing_lives(world, "climb")?;
         let evidence = self.ladder.as_ref().map_or(0, |ladder| ladder.evidence);
         let disturbed = self.lost;
+        let (gap_ms, two_climbs_ms) = (self.of(60_000), self.of(2 * CLIMB_MS));
         self.climb = Some(Climb { began_ms: now, full, only, disturbed, ..Climb::default() });
         let Some(incident) = &mut self.incident else { return Ok(()) };
         let after_asked = std::mem::replace(&mut incident.asked, only.is_some());
@@ -486,9 +514,9 @@ impl Checks {
             let (serves, vague) = (incident.serves, incident.vague);
             self.must(!(held.degraded && serves), "served-is-left", world, "a serving node is climbed for")?;
             let new = held.evidence != evidence || vague;
-            let allowed = !early || new && waited_ms >= 60_000 || self.lost || only.is_some();
+            let allowed = !early || new && waited_ms >= gap_ms || self.lost || only.is_some();
             self.must(held.degraded || allowed, "retry-schedule", world, "a climb begins too early")?;
-            let late_ms = held.wait_ms + 2 * CLIMB_MS;
+            let late_ms = held.wait_ms + two_climbs_ms;
             let late = waited_ms > late_ms && !held.excused && !held.degraded;
             self.must(!late, "retry-schedule", world, "a climb begins too late")?;
         }
@@ -561,6 +589,7 @@ impl Checks {
         self.must(journal, "journal-layer-0", world, "without a journal only layer 0 is tried")?;
         let least_ms =
             self.ladder.as_ref().and_then(|ladder| ladder.rung(layer)).map_or(0, |rung| rung.work_least_ms);
+        let least_ms = self.of(least_ms);
         let gets_ms = deadline.saturating_sub(world.now);
         let disturbed = self.climb.as_ref().is_none_or(|climb| climb.disturbed);
         self.must(
@@ -571,6 +600,7 @@ impl Checks {
         )?;
         let most_ms =
             self.ladder.as_ref().and_then(|ladder| ladder.rung(layer)).map_or(0, |rung| rung.work_most_ms);
+        let most_ms = self.of(most_ms);
         self.must(gets_ms <= most_ms, "step-deadline", world, "a step gets more than its most")?;
         if let Some(climb) = &mut self.climb {
             let tries = climb.intents.entry(layer).or_default();
@@ -642,10 +672,10 @@ impl Checks {
         self.blamed = false;
     }
 
-    /// The node has truly served for so long that no honest judge can have missed it.
-    fn plainly_serves(world: &World) -> bool {
+    /// The node has truly served, before the eyes of one agent, for so long that no honest judge can have missed it.
+    fn plainly_serves(&self, world: &World) -> bool {
         let (from, to) = world.served;
-        world.serving() && to.saturating_sub(from) >= 30_000
+        world.serving() && to.saturating_sub(from.max(self.woke_ms)) >= 30_000
     }
 
     /// postponed-serves: what is told as damage of a node that serves is no outage.
@@ -664,9 +694,11 @@ impl Checks {
     fn emergency(&mut self, world: &World, wait_ms: u64, evidence: u64) -> Check {
         self.counts.emergencies += 1;
         self.nothing_lives(world, "emergency")?;
-        let deaf = self.climb.as_ref().is_none_or(|climb| climb.disturbed) || self.lost;
+        // The judge's own pace is not divided: under wrong probes a short climb may be over before it is sure.
+        let hurried = self.divisor > 1 && world.faults.false_probe > 0;
+        let deaf = self.climb.as_ref().is_none_or(|climb| climb.disturbed) || self.lost || hurried;
         self.must(
-            deaf || !Checks::plainly_serves(world),
+            deaf || !self.plainly_serves(world),
             "serving-is-no-emergency",
             world,
             "an emergency while the node serves",
@@ -686,13 +718,14 @@ impl Checks {
         let all = Layer::CLIMB
             .into_iter()
             .all(|layer| climb.done.contains(&layer) || climb.intents.contains_key(&layer) || absent(layer));
-        self.must(ran_ms <= CLIMB_MS, "total-deadline", world, "emergency after the climb's 600 s")?;
+        let climb_ms = self.of(CLIMB_MS);
+        self.must(ran_ms <= climb_ms, "total-deadline", world, "emergency after the climb's 600 s")?;
         self.must(all || climb.disturbed, "every-turn", world, "emergency before every layer had its turn")?;
         if let Some(incident) = &mut self.incident {
             let key = AlertKey { incident: incident.id, kind: AlertKind::Emergency };
             if !incident.emergency {
                 incident.emergency = true;
-                self.emergency_due = Some((key, climb.began_ms + CLIMB_MS));
+                self.emergency_due = Some((key, climb.began_ms + climb_ms));
             }
         }
         self.hold(world, wait_ms, evidence, false)
@@ -700,6 +733,7 @@ impl Checks {
 
     fn hold(&mut self, world: &World, wait_ms: u64, evidence: u64, serves: bool) -> Check {
         let now = world.now;
+        let divisor = self.divisor.max(1);
         let Some(incident) = &mut self.incident else { return Ok(()) };
         incident.serves = false;
         incident.asked = false;
@@ -707,7 +741,7 @@ impl Checks {
             0 | 1 => 300_000,
             2 => 900_000,
             _ => 1_800_000,
-        };
+        } / divisor;
         incident.held =
             Some(Held { since_ms: now, wait_ms, evidence, excused: false, degraded: false, serves });
         let vague = incident.vague || self.lost;

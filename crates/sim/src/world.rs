@@ -4,7 +4,7 @@
 //! stream, so that a seed tells the whole story.
 
 use crate::prng::{Prng, mix};
-use engine::{AlertKey, AlertResult, Layer, Moment};
+use engine::{AlertKey, AlertResult, Layer, Limits, Moment};
 use std::collections::BTreeSet;
 
 /// Never.
@@ -164,6 +164,8 @@ pub struct World {
     pub rng: Prng,
     /// What may go wrong.
     pub faults: Faults,
+    /// Under which limits this host's koboshi is configured.
+    pub limits: Limits,
     /// The gateway.
     pub gate: Gate,
     /// What is on the disk, as a hash.
@@ -225,6 +227,7 @@ impl World {
             boot_at: 0,
             rng,
             faults,
+            limits: Limits::default(),
             gate: Gate::Serving { since: 0 },
             disk: 1,
             broken: None,
@@ -512,7 +515,7 @@ impl World {
     /// Hands a message over.
     pub fn hand_over(&mut self, key: AlertKey) -> AlertResult {
         if self.rng.chance(self.faults.alert_slow) {
-            let takes = self.rng.between(100, engine::ALERT_ACT_MS - 1);
+            let takes = self.rng.between(100, self.limits.of(engine::ALERT_ACT_MS) - 1);
             self.advance(self.now + takes);
         }
         if self.alert_bad || self.rng.chance(self.faults.alert_refused) {

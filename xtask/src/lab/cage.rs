@@ -68,7 +68,7 @@ fn watch(run: &Run, words: &[String], limit: Duration) -> Result<Outcome, String
         .arg(exe)
         .arg("lab-inside")
         .arg(&run.work)
-        .args(run.cgroups.iter().map(|c| c.as_os_str()).take(2))
+        .args(run.cgroups.iter().map(|c| c.as_os_str()))
         .arg("--")
         .args(words)
         .stdin(Stdio::null())
@@ -162,7 +162,8 @@ fn owner(name: &str) -> Option<Id> {
     Some(Id { pid: pid.parse().ok()?, start_ticks: start.parse().ok()? })
 }
 
-/// The hierarchies in which a host needs a place of its own: cgroup v2, and systemd's own of v1 where there is one.
+/// The hierarchies in which a host needs a place of its own: cgroup v2 first, then systemd's own of v1 where there is
+/// one, and that of block devices, whose limits make a disk stick.
 fn hierarchies() -> Result<Vec<PathBuf>, String> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("read mountinfo: {e}"))?;
     let found = of_mountinfo(&text);
@@ -172,6 +173,7 @@ fn hierarchies() -> Result<Vec<PathBuf>, String> {
 fn of_mountinfo(text: &str) -> Vec<PathBuf> {
     let mut unified = None;
     let mut named = None;
+    let mut blocks = None;
     for line in text.lines() {
         let Some((left, right)) = line.split_once(" - ") else { continue };
         let Some(point) = left.split(' ').nth(4) else { continue };
@@ -181,9 +183,11 @@ fn of_mountinfo(text: &str) -> Vec<PathBuf> {
             unified = unified.or(Some(PathBuf::from(point)));
         } else if kind == "cgroup" && options.split(',').any(|o| o == "name=systemd") {
             named = named.or(Some(PathBuf::from(point)));
+        } else if kind == "cgroup" && options.split(',').any(|o| o == "blkio") {
+            blocks = blocks.or(Some(PathBuf::from(point)));
         }
     }
-    unified.map_or_else(Vec::new, |u| std::iter::once(u).chain(named).collect())
+    unified.map_or_else(Vec::new, |u| std::iter::once(u).chain(named).chain(blocks).collect())
 }
 
 /// Ends one process that we started and everything below it.
@@ -202,8 +206,9 @@ mod tests {
         let hybrid = "30 24 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
             31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
             32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n\
+            34 30 0:30 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio\n\
             33 30 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
-        let places = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"].map(PathBuf::from);
+        let places = ["unified", "systemd", "blkio"].map(|name| Path::new("/sys/fs/cgroup").join(name));
         assert_eq!(of_mountinfo(hybrid), places);
         let pure = "33 30 0:29 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(of_mountinfo(pure), [PathBuf::from("/sys/fs/cgroup")]);

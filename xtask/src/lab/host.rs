@@ -32,6 +32,20 @@ const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 /// The signal on which systemd as first process powers off.
 const POWER_OFF: &str = "SIGRTMIN+4";
 
+/// A disk that is stuck: what its host reads from it does not come, until this is dropped.
+pub(crate) struct Stuck {
+    file: PathBuf,
+    free: String,
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        if let Err(e) = std::fs::write(&self.file, &self.free) {
+            println!("{} keeps a disk stuck: {e}", self.file.display());
+        }
+    }
+}
+
 /// Who runs a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum As {
@@ -166,6 +180,29 @@ impl Host {
         self.root(&format!("cat /dev/zero > {inside}/.lab-filler; sync {inside}/.lab-filler"))?;
         let free = self.must(&format!("stat -f -c %a {inside}"))?;
         if free == "0" { Ok(()) } else { Err(format!("{inside} still has {free} blocks")) }
+    }
+
+    /// Makes the disk on which a directory lies stick for this host: whoever reads what is not in memory waits for it,
+    /// can be killed, and gets it when the disk is let go. `cold` says which files are first taken out of memory.
+    pub(crate) fn stick(&self, inside: &str, cold: &str) -> Result<Stuck, String> {
+        let device = self.must(&format!("sync -f {inside}; stat -c '%Hd:%Ld' {inside}"))?;
+        let throttle = "blkio.throttle.read_bps_device";
+        let old = self.cgroups.iter().map(|c| c.join(throttle)).find(|file| file.exists());
+        let stuck = match (old, self.cgroups.first()) {
+            (Some(file), _) => (file, format!("{device} 1"), format!("{device} 0")),
+            (None, Some(dir)) => {
+                for above in dir.ancestors().skip(1).take(2) {
+                    // Refused where it is not ours to give, or given already; what counts is the limit itself.
+                    let _ = std::fs::write(above.join("cgroup.subtree_control"), "+io");
+                }
+                (dir.join("io.max"), format!("{device} rbps=1"), format!("{device} rbps=max"))
+            }
+            (None, None) => return Err("a host without a cgroup".to_owned()),
+        };
+        let (file, limit, free) = stuck;
+        self.must(&format!("find {cold} -type f -exec dd if={{}} iflag=nocache count=0 status=none \\;"))?;
+        std::fs::write(&file, limit).map_err(|e| format!("write {}: {e}", file.display()))?;
+        Ok(Stuck { file, free })
     }
 
     pub(crate) fn unfill(&self, inside: &str) -> Result<(), String> {

@@ -688,7 +688,7 @@ impl Agent {
         self.stale(now);
         if self.daily.delivery.is_none() && self.daily.deliver_at.is_some_and(|at| past(now, at)) {
             self.daily.deliver_at = None;
-            let deadline = Deadline::after(DELIVER_LIMIT);
+            let deadline = Deadline::after(self.config.ladder.limits().span(DELIVER_LIMIT));
             match self.runner.spawn("job-deliver", Work::Deliver, &self.node, None, false, deadline) {
                 Ok(running) => self.daily.delivery = Some(running),
                 Err(e) => {
@@ -908,16 +908,36 @@ impl Agent {
 
     /// The same with a limit of its own.
     pub(super) fn examine_within(&mut self, care: Care, limit: Duration) -> Option<Examination> {
+        /// However limits are divided: on a busy machine a process and its look at a healthy disk may take this long.
+        const LEAST: Duration = Duration::from_secs(6);
+        let limit = self.room(limit, LEAST);
         self.daily.make_way();
         // A decision is never made on a look from before: without a new one nothing is known.
         self.exam = None;
         self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
+        self.runner.without_store = self.store_hangs.is_some() && self.store_hangs == self.climb_key();
+        // The container of a look that would not die is left to itself, and the next look has another.
+        let name = match self.stuck_looks {
+            0 => "job-examine".to_owned(),
+            n => format!("job-examine-{n}"),
+        };
         let work = Work::Examine { care, users: false };
-        let answer = self.runner.run("job-examine", work, &self.node, Some(&baseline), limit);
+        let looked = self.runner.look(&name, work, &self.node, Some(&baseline), limit);
+        let answer = looked.map(|(answer, emptied)| {
+            if let Err(e) = emptied {
+                self.say(&e.to_string());
+                self.stuck_looks = self.stuck_looks.saturating_add(1);
+            }
+            answer
+        });
         let examined = |a| if let Answer::Examined(exam) = a { Some(*exam) } else { None };
         match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), examined)) {
             Ok(exam) => {
+                if exam.store_hangs {
+                    self.store_hangs = self.climb_key();
+                    self.runner.without_store = true;
+                }
                 self.keep(exam.clone(), care);
                 Some(exam)
             }
@@ -926,6 +946,26 @@ impl Agent {
                 None
             }
         }
+    }
+
+    /// The open incident's climb: what hung in one is tried again in the next.
+    pub(super) fn climb_key(&self) -> Option<(u64, u32)> {
+        // The look that an incident begins with is its first climb's.
+        self.book.state().incident.as_ref().map(|incident| (incident.id, incident.climbs.max(1)))
+    }
+
+    /// What one act of the agent itself may take now. Inside a climb it ends before the climb does: its last seconds are
+    /// for killing what is left and for the message. `least` is what it gets however limits are divided.
+    pub(super) fn room(&self, whole: Duration, least: Duration) -> Duration {
+        /// Also at the very end a quick act is tried.
+        const AT_THE_END: Duration = Duration::from_secs(1);
+        let state = self.book.state();
+        let Some(climb) = state.climb() else { return self.config.ladder.limits().span(whole).max(least) };
+        let kill_ms = u64::try_from(runner::KILL_LIMIT.as_millis()).unwrap_or(u64::MAX);
+        let end_ms = climb.limits.of(engine::CLIMB_MS.saturating_sub(engine::ALERT_ACT_MS + kill_ms));
+        let spent_ms = state.time_ms(clock::now()).saturating_sub(climb.began_ms);
+        let left = Duration::from_millis(end_ms.saturating_sub(spent_ms));
+        climb.limits.span(whole).max(least).min(left.max(climb.limits.span(AT_THE_END)))
     }
 
     /// A notice outside the course of an incident: into the outbox, at most one of a kind per day.
@@ -959,10 +999,6 @@ impl Agent {
             at: format!("{:.0}", clock::wall()),
             ..alert::Facts::default()
         }
-    }
-
-    pub(super) fn kill_limit() -> Duration {
-        runner::KILL_LIMIT
     }
 }
 

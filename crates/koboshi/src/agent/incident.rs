@@ -26,6 +26,8 @@ const MAX_ACTIONS: usize = 64;
 const ASK_AGAIN_MS: u64 = 1_000;
 /// Stopping the gateway and one exchange.
 const PEER_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
+/// A few renames by a process of their own, however limits are divided.
+const ACT_LEAST: std::time::Duration = std::time::Duration::from_secs(3);
 /// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
 const CAME_BACK: &str = "came back from snapshot ";
 
@@ -158,7 +160,7 @@ impl Agent {
                 Ok(rung) => {
                     self.say(&format!(
                         "  watch: in-place would be tried for up to {} s",
-                        rung.work_most_ms / 1000
+                        ladder.limits.of(rung.work_most_ms) / 1000
                     ));
                 }
                 Err(reason) => self.say(&format!("  watch: in-place would be passed: {reason}")),
@@ -418,7 +420,8 @@ impl Agent {
             return false;
         }
         self.trial_ended = Some((id, climbs));
-        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, LIMIT);
+        let limit = self.room(LIMIT, ACT_LEAST);
+        let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, limit);
         let report = answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), Answer::report));
         let what = match report {
             Ok(report) => format!("the older config did not help: {}", report.done.join("; ")),
@@ -457,7 +460,9 @@ impl Agent {
             self.ask_sudo();
         }
         // A climb that begins later than its incident, perhaps under a new agent, chooses by what the disk says now.
-        if begins && written && self.fresh_exam().is_none() {
+        // What hung in the last climb is looked at anew; in the first, the look that it was opened with is its own.
+        let hung = self.exam.as_ref().is_some_and(|e| e.store_hangs) && self.store_hangs != self.climb_key();
+        if begins && written && (hung || self.fresh_exam().is_none()) {
             let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
             if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
                 self.noticed(exam.findings);
@@ -576,7 +581,7 @@ impl Agent {
                 killed
             }
             // A step of an agent that died: known by its name.
-            None => self.runner.containers.kill(&name, Deadline::after(Agent::kill_limit())),
+            None => self.runner.containers.kill(&name, Deadline::after(self.runner.kill_limit)),
         };
         let event = match killed {
             Ok(emptied) => {
@@ -662,7 +667,8 @@ impl Agent {
         let incident = self.number().unwrap_or(0);
         let baseline = self.judge.baseline().clone();
         let work = Work::PeerBack { incident };
-        match self.runner.run("peer-back", work, &self.node, Some(&baseline), PEER_BACK_LIMIT) {
+        let limit = self.room(PEER_BACK_LIMIT, ACT_LEAST);
+        match self.runner.run("peer-back", work, &self.node, Some(&baseline), limit) {
             Ok(answer) => {
                 self.tell_report(Layer::PeerCopy, Some(answer));
             }
@@ -696,7 +702,7 @@ impl Agent {
             return;
         }
         // Its own patience ends first.
-        let limit = sudo::ASK_LIMIT + Duration::from_secs(1);
+        let limit = sudo::ask_limit(self.config.ladder.limits()) + Duration::from_secs(1);
         self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
             Ok(Answer::Failed { why, .. }) => Err(why),
             Ok(_) => Ok(()),
@@ -737,7 +743,8 @@ impl Agent {
             return;
         }
         let baseline = self.judge.baseline().clone();
-        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), LIMIT) {
+        let limit = self.room(LIMIT, ACT_LEAST);
+        match self.runner.run("take-back", Work::TakeBack, &self.node, Some(&baseline), limit) {
             Ok(answer) => {
                 self.tell_report(layer, Some(answer));
             }
@@ -850,8 +857,9 @@ impl Agent {
         ladder.hands_off = self.hands_off();
         ladder.only = self.only;
         ladder.journal_ok = self.book.journal_ok();
-        ladder.evidence = evidence(exam.as_ref(), self.nudges);
+        ladder.evidence = evidence(exam.as_ref(), self.nudges, self.sources.back());
         ladder.jitter_permille = i32::try_from(now.ms % 2_001).unwrap_or(0) - 1_000;
+        ladder.limits = self.config.ladder.limits();
         ladder
     }
 
@@ -928,9 +936,9 @@ fn for_the_record(verdict: &Verdict) -> Verdict {
 }
 
 /// Hash of what outside could make a failed climb succeed.
-fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
+fn evidence(exam: Option<&Examination>, nudges: u32, back: [u32; 3]) -> u64 {
     let mut hash = DefaultHasher::new();
-    nudges.hash(&mut hash);
+    (nudges, back).hash(&mut hash);
     exam.map(|e| (e.inputs, e.snapshot.clone(), e.need)).hash(&mut hash);
     for finding in exam.map(|e| e.findings.as_slice()).unwrap_or_default() {
         (finding.kind, finding.class).hash(&mut hash);
@@ -942,11 +950,12 @@ fn evidence(exam: Option<&Examination>, nudges: u32) -> u64 {
 fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Agent) -> Vec<Rung> {
     let inputs = |layer: Layer| {
         let mut hash = DefaultHasher::new();
-        (layer, exam.map(|e| (e.inputs, e.snapshot.clone()))).hash(&mut hash);
+        (layer, exam.map(|e| (e.inputs, e.snapshot.clone())), agent.sources.back_for(layer)).hash(&mut hash);
         hash.finish()
     };
     let snapshot = match exam {
         None => Err("the disk could not be looked at".to_owned()),
+        Some(e) if e.store_hangs && !e.rescue => Err("the store does not answer".to_owned()),
         Some(e) if e.snapshot.is_none() && !e.rescue => Err("there is no good snapshot yet".to_owned()),
         Some(_) => agent.space_gate(),
     };

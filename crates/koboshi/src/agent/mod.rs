@@ -16,6 +16,7 @@ mod responder;
 mod rest;
 pub mod runner;
 mod settling;
+mod sources;
 mod standing;
 pub mod status;
 pub mod will;
@@ -146,10 +147,15 @@ pub struct Agent {
     trial_ended: Option<(u64, u32)>,
     /// What sudo said at the last climb, where it is needed.
     sudo: Option<std::result::Result<(), String>>,
+    /// The climb in which the store hung.
+    store_hangs: Option<(u64, u32)>,
+    /// Looks at the disk whose containers would not die.
+    stuck_looks: u32,
     /// Looks in a row that never came back.
     blind: u32,
     ending: bool,
     responder: Responder,
+    sources: sources::Sources,
     language: alert::Language,
 }
 
@@ -209,7 +215,7 @@ impl Agent {
         let now = clock::now();
         let agent = Agent {
             judge: Judge::new(config.judge.clone(), baseline.unwrap_or_default()),
-            runner: Runner::new(containers, places.clone()),
+            runner: Runner::new(containers, places.clone(), config.ladder.limits()),
             prober: Prober::start()?,
             watch: Watch::new()?,
             users: UsersTrees::default(),
@@ -248,9 +254,12 @@ impl Agent {
             errand: None,
             trial_ended: None,
             sudo: None,
+            store_hangs: None,
+            stuck_looks: 0,
             blind: 0,
             ending: false,
             responder: Responder::default(),
+            sources: sources::Sources::default(),
             language: voice::language(&config),
             config,
             places,
@@ -278,6 +287,9 @@ impl Agent {
             manager,
             strength(&self.runner.containers.strength()),
         ));
+        if let Some(words) = self.config.ladder.shortened() {
+            self.say(&words);
+        }
         if let Some(record) = self.book.state().wake(clock::now()) {
             self.write(record);
         }
@@ -371,6 +383,7 @@ impl Agent {
             self.due_jobs();
             self.tend_home();
             self.tend_responder();
+            self.tend_sources();
             self.publish();
             self.tell_manager();
             if self.ending {
@@ -398,7 +411,10 @@ impl Agent {
             engine: self.doing.until(now),
             undecided: self.doing == Doing::Nothing && self.book.state().incident.is_some(),
             exam: self.exam_due,
-            daily: self.daily.due().into_iter().chain(self.home.due()).min_by_key(|m| m.ms),
+            daily: [self.daily.due(), self.home.due(), self.sources.due()]
+                .into_iter()
+                .flatten()
+                .min_by_key(|at| at.ms),
             responder: self.responder.again(now),
             unit: self.unit_stopped.is_some(),
             watchdog_ms: watchdog.map(|w| u64::try_from(w.as_millis()).unwrap_or(u64::MAX)),

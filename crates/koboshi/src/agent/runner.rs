@@ -26,6 +26,10 @@ pub struct Runner {
     pub containers: Containers,
     places: Places,
     boot_mark: String,
+    /// What proving a container empty may take.
+    pub kill_limit: Duration,
+    /// Steps are told to leave the store alone: it hangs.
+    pub without_store: bool,
 }
 
 /// A step under way.
@@ -38,6 +42,7 @@ pub struct Running {
     /// Its name.
     pub name: String,
     request: PathBuf,
+    kill_limit: Duration,
 }
 
 impl Running {
@@ -48,7 +53,7 @@ impl Running {
 
     /// Ends the container and proves it empty.
     pub fn kill(&mut self) -> Result<Emptied> {
-        self.step.kill(Deadline::after(KILL_LIMIT))
+        self.step.kill(Deadline::after(self.kill_limit))
     }
 }
 
@@ -61,9 +66,11 @@ impl Drop for Running {
 
 impl Runner {
     /// A runner for the containers of one node.
-    pub fn new(containers: Containers, places: Places) -> Runner {
+    pub fn new(containers: Containers, places: Places, limits: engine::Limits) -> Runner {
         let now = host::clock::now();
-        Runner { containers, places, boot_mark: format!("{:x}-{}", now.boot, now.ms) }
+        let boot_mark = format!("{:x}-{}", now.boot, now.ms);
+        let kill_limit = limits.span(KILL_LIMIT);
+        Runner { containers, places, boot_mark, kill_limit, without_store: false }
     }
 
     /// Writes the request and spawns the step.
@@ -83,6 +90,7 @@ impl Runner {
             config_file: self.places.config_file.clone(),
             node: node.clone(),
             baseline: baseline.cloned(),
+            without_store: self.without_store,
         };
         let text = serde_json::to_vec(&body)
             .map_err(|e| Error::new(Kind::System, format!("write step {name}"), e))?;
@@ -103,7 +111,7 @@ impl Runner {
             ..Spec::default()
         };
         let step = self.containers.spawn(&spec, name)?;
-        Ok(Running { step, deadline, name: name.to_owned(), request })
+        Ok(Running { step, deadline, name: name.to_owned(), request, kill_limit: self.kill_limit })
     }
 
     /// Runs a step to its end and returns its answer.
@@ -115,18 +123,36 @@ impl Runner {
         baseline: Option<&Baseline>,
         limit: Duration,
     ) -> Result<Answer> {
+        let (answer, emptied) = self.look(name, work, node, baseline, limit)?;
+        emptied.map(|_| answer)
+    }
+
+    /// The same for a step that only looks: what it said counts also where its container could not be proven empty,
+    /// which is told beside it.
+    pub fn look(
+        &self,
+        name: &str,
+        work: Work,
+        node: &Node,
+        baseline: Option<&Baseline>,
+        limit: Duration,
+    ) -> Result<(Answer, Result<Emptied>)> {
         let deadline = Deadline::after(limit);
         let mut running = self.spawn(name, work, node, baseline, false, deadline)?;
         let ended = running.step.wait(deadline);
-        running.kill()?;
-        running.answer().ok_or_else(|| {
+        let emptied = running.kill();
+        let Some(answer) = running.answer() else {
+            emptied?;
             let why = match ended {
-                Ended::TimedOut => format!("it had no answer after {} s and was killed", limit.as_secs()),
+                Ended::TimedOut => {
+                    format!("it had no answer after {:.1} s and was killed", limit.as_secs_f64())
+                }
                 Ended::Exited(code) => format!("it ended with code {code} and no answer"),
                 Ended::Signaled(signal) => format!("signal {signal} ended it"),
                 Ended::Unknown => "nobody knows how it ended".to_owned(),
             };
-            Error::new(Kind::System, format!("run the step {name}"), why)
-        })
+            return Err(Error::new(Kind::System, format!("run the step {name}"), why));
+        };
+        Ok((answer, emptied))
     }
 }

@@ -202,6 +202,9 @@ fn hands(desk: &Desk, found: &mut Findings) {
         Some(why) => found.blocks("hands-off", why, fix),
         None => found.ok("hands-off", "nothing holds koboshi back"),
     }
+    if let Some(words) = desk.config.ladder.shortened() {
+        found.warns("limits", words, "remove the line when the drill is over, and restart the agent");
+    }
 }
 
 fn snapshots(desk: &Desk, found: &mut Findings) {

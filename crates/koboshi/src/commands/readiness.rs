@@ -68,7 +68,8 @@ pub(super) fn layers(desk: &Desk, node: &Node, disk: &Disk) -> Vec<Readiness> {
     let seen = reinstall::Seen { version: version.as_deref(), snapshot: None, findings: &disk.findings };
     let how = |()| format!("{} again from the registry", version.as_deref().unwrap_or_default());
     let asks = crate::sudo::needed(node, &desk.places);
-    let sudo = asks.then(|| crate::sudo::ask(node, Deadline::after(crate::sudo::ASK_LIMIT)));
+    let sudo =
+        asks.then(|| crate::sudo::ask(node, crate::sudo::ASK_LIMIT, Deadline::after(crate::sudo::ASK_LIMIT)));
     let install = reinstall::system(node, &desk.places, seen, sudo.as_ref()).map(how);
     let user = reinstall::user(node, &desk.places, seen)
         .map(|()| format!("the same into {}", layers::install::away(node).prefix.display()));

@@ -181,7 +181,10 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
         }
     }
     let in_place = serving && matches!(exam.need, Need::InPlace | Need::Later);
-    let planned = engine::preview(&Ladder::new(readiness::rungs(&ready)));
+    let planned = {
+        let limits = desk.config.ladder.limits();
+        engine::preview(&Ladder { limits, ..Ladder::new(readiness::rungs(&ready)) })
+    };
     let idle = exam.need == Need::Nothing && !matches!(seen.verdict, Verdict::NotServing { .. });
     let climbs = !in_place && !idle;
     let would = if serving && exam.need == Need::Nothing {

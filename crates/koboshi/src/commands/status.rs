@@ -177,6 +177,9 @@ fn agent_lines(desk: &Desk, agent: Option<ProcessId>, status: Option<&Status>) {
             }
         }
     }
+    if let Some(words) = desk.config.ladder.shortened() {
+        p.line(format!("           {words}"));
+    }
 }
 
 fn agent_json(agent: Option<ProcessId>, status: Option<&Status>) -> Value {

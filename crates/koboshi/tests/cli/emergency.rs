@@ -299,3 +299,63 @@ fn the_language_of_the_configuration_is_that_of_the_messages() {
     assert!(body["title"].as_str().unwrap().contains("テスト"), "{body}");
     assert!(body["text"].as_str().unwrap().contains("koboshi alert test"), "{body}");
 }
+
+/// A file system that never answers: nobody reads what the kernel asks of it. Gone with this value.
+struct Stuck {
+    at: std::path::PathBuf,
+    _device: std::fs::File,
+}
+
+impl Stuck {
+    /// `None` where there is none to be had: a machine without FUSE, or a container without the right to mount.
+    fn over(at: std::path::PathBuf) -> Option<Stuck> {
+        use rustix::mount::{MountFlags, mount};
+        use std::os::fd::AsRawFd;
+        let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").ok()?;
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+        let data = std::ffi::CString::new(data).unwrap();
+        mount("stuck", &at, "fuse", MountFlags::NOSUID | MountFlags::NODEV, Some(data.as_c_str())).ok()?;
+        Some(Stuck { at, _device: device })
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.at, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_store_that_hangs_costs_its_own_layer_and_no_other_as_root() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let fake = Fake::new();
+    let good = Receiver::new(true);
+    fake.configure(&good.hook("good"));
+    std::fs::create_dir_all(fake.path("k/koboshi.d")).unwrap();
+    std::fs::write(fake.path("k/koboshi.d/drill.toml"), "[ladder]\ndivide_limits_by = 10\n").unwrap();
+    fake.koboshi(&["doctor"]).says("every limit of the ladder is divided by 10: a climb ends after 60 s");
+    fake.start_gateway();
+    fake.koboshi(&["snapshot", "create"]).code(0);
+    let agent = Agent::start(&fake);
+    let Some(stuck) = Stuck::over(fake.koboshi_state().join("store")) else { return };
+    let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
+
+    // Layer 0 needs no store, and does not wait for one.
+    fake.kill_gateway();
+    wait_for(&fake, "a serving node", || log().contains("recovered by restart"));
+    assert!(fake.gateway().is_some());
+
+    // The gateway ends as it starts: layer 0 has its turn and fails, restore is passed, and all comes to its end.
+    fake.ails(true);
+    fake.kill_gateway();
+    let emergency = "incident-2/emergency".to_owned();
+    let took = wait_for(&fake, "the emergency's message", || good.keys().contains(&emergency));
+    assert!(took < 60_000, "told after {took} ms\n{}", log());
+    for line in ["restart: start", "restore: passed, the store does not answer", "(limits divided by 10)"] {
+        assert!(log().contains(line), "{line:?} is missing\n{}", log());
+    }
+    drop(agent);
+    drop(stuck);
+}

@@ -56,7 +56,8 @@ pub(super) fn build(
     let question = lock::question(&json, &more);
     let scratch = Scratch::make(base, place.builder, &registry.npmrc(), &question)?;
     let began = host::clock::now();
-    let out = npm(&tools, &scratch, place, deadline.min(Deadline::after(order.npm_limit)))?;
+    let npm_limit = bench.limits.span(order.npm_limit);
+    let out = npm(&tools, &scratch, place, deadline.min(Deadline::after(npm_limit)))?;
     let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
     if out.timed_out {
         return Err(Error::new(

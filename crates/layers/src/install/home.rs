@@ -307,6 +307,7 @@ mod tests {
 
         fn bench<T>(&mut self, node: &Node, work: impl FnOnce(&mut Bench<'_>, &Order) -> T) -> T {
             let mut bench = Bench {
+                limits: engine::Limits::default(),
                 node,
                 manager: &mut self.told,
                 store: None,

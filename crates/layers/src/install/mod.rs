@@ -93,7 +93,7 @@ fn prepare(
     let package = registry.resolve(
         PACKAGE,
         &order.version,
-        bench.deadline.min(host::clock::Deadline::after(ASK_LIMIT)),
+        bench.deadline.min(host::clock::Deadline::after(bench.limits.span(ASK_LIMIT))),
     )?;
     if package.version != order.version {
         return Err(Error::new(
@@ -120,6 +120,17 @@ fn prepare(
     // Hundreds of megabytes; what cannot be removed is found and removed by the next one.
     let _ = std::fs::remove_dir_all(&base);
     outcome
+}
+
+/// Whether the registry that an install would use describes the version that it would ask for.
+#[must_use]
+pub fn registry_answers(node: &Node, order: &Order, deadline: host::clock::Deadline) -> bool {
+    // Whose settings count depends on whose prefix it is; of a prefix that nobody here may write to, the user's own.
+    let place = Place::of(node, order).or_else(|_| Place::of(&away(node), order));
+    let home = place.map_or_else(|_| Some(node.home.clone()), |place| place.rc_home);
+    Registry::from_env(home.as_deref(), &[])
+        .and_then(|registry| registry.resolve(PACKAGE, &order.version, deadline))
+        .is_ok()
 }
 
 /// What stands ready to be exchanged in.

@@ -158,6 +158,7 @@ fn who_may_lend_what() {
         stages: Vec::new(),
         waiting: Vec::new(),
         deadline: later(),
+        limits: engine::Limits::default(),
     };
     let good = Status {
         healthy: Some(true),
@@ -404,6 +405,7 @@ impl Site {
             known: known_programs(&base),
         };
         let mut bench = Bench {
+            limits: engine::Limits::default(),
             node: &self.node,
             manager: &mut self.told,
             store: self.store.as_ref(),

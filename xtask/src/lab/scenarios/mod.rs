@@ -4,6 +4,7 @@ mod install;
 mod parts;
 mod peers;
 mod systemd;
+mod worst;
 
 use super::Play;
 use super::host::Host;
@@ -48,6 +49,16 @@ pub(crate) const ALL: &[Scenario] = &[
         "displaced",
         "no way to the node's own prefix: layer 3 runs it from its user's, over a reboot too",
         install::displaced,
+    ),
+    full(
+        "worst-hang",
+        "everything hangs at once: emergency told inside 600 s, nothing left over, and out of it when the registry is back",
+        worst::whole,
+    ),
+    ci(
+        "worst-hang-tenth",
+        "the same with every limit divided by ten; out of it when the disk is back",
+        worst::tenth,
     ),
     full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
     full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),

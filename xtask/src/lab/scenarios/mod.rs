@@ -47,7 +47,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ),
     full(
         "displaced",
-        "no way to the node's own prefix: layer 3 runs it from its user's, over a reboot too",
+        "no way to the node's own prefix: layer 3 runs it from its user's, over a reboot too, and it goes home by itself",
         install::displaced,
     ),
     full(

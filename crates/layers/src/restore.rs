@@ -66,7 +66,7 @@ impl Choice {
             FaultKind::ServiceLatched => self.converge.extend([Class::Service]),
             FaultKind::ConfigBroken => self.config = true,
             FaultKind::RootMissing => {
-                if !node.state_dir.is_dir() {
+                if node::roots::state_is_gone(node) {
                     // All that is the user's is gone at once.
                     self.config = true;
                     self.missing
@@ -159,7 +159,7 @@ impl Choice {
         }
         // A single missing file in a tree that is otherwise there is the user's own deletion, also when another tree of
         // the same class is gone.
-        let void = root.is_some_and(|r| self.void.contains(&r.path) || is_void(&r.path));
+        let void = root.is_some_and(|r| self.void.contains(&r.path) || is_gone(r, &info.roots));
         let again = match difference.kind {
             DifferenceKind::Missing | DifferenceKind::Emptied | DifferenceKind::KindChanged => true,
             // Nobody but an ending gateway can have begun it anew in a root that was gone.
@@ -211,6 +211,21 @@ pub(crate) fn is_void(root: &Path) -> bool {
         Ok(meta) => meta.len() == 0,
         Err(e) => e.kind() == std::io::ErrorKind::NotFound,
     }
+}
+
+/// The same of a root with others in it: nothing is left but what it does not hold and other roots that are gone too. A
+/// gateway whose state directory was deleted makes an empty one again.
+fn is_gone(root: &store::Root, all: &[store::Root]) -> bool {
+    if is_void(&root.path) {
+        return true;
+    }
+    let Ok(entries) = std::fs::read_dir(&root.path) else { return false };
+    !root.exclude.is_empty()
+        && entries.flatten().all(|entry| {
+            let path = entry.path();
+            let not_its_own = root.exclude.iter().any(|name| entry.file_name() == name.as_str());
+            not_its_own && all.iter().filter(|r| r.path.starts_with(&path)).all(|r| is_void(&r.path))
+        })
 }
 
 /// The databases that a finding names.
@@ -301,8 +316,8 @@ fn void_now(bench: &Bench<'_>, choice: &Choice) -> BTreeSet<PathBuf> {
         .collect();
     // A store that cannot be read is told by the repair.
     let trusted = bench.store.and_then(|s| trusted_newest_first(s).ok()).unwrap_or_default();
-    let roots = trusted.iter().take(MAX_SNAPSHOTS).flat_map(|info| &info.roots);
-    let gone = roots.filter(|r| !r.class.converges() && is_void(&r.path)).map(|r| r.path.clone());
+    let roots = trusted.iter().take(MAX_SNAPSHOTS).flat_map(|i| i.roots.iter().map(|r| (r, &i.roots)));
+    let gone = roots.filter(|(r, all)| !r.class.converges() && is_gone(r, all)).map(|(r, _)| r.path.clone());
     let before = void.len();
     void.extend(gone);
     if void.len() > before {
@@ -1174,6 +1189,41 @@ mod tests {
             crate::examine(&node, Some(&store), Some(&known), None, crate::Care::Down, deadline).unwrap();
         let gone = |f: &&Finding| f.kind == FaultKind::RootMissing && f.class == Some(Class::Credentials);
         assert!(exam.findings.iter().any(|f| gone(&f)), "{:?}", exam.findings);
+    }
+
+    #[test]
+    fn what_a_gateway_makes_again_of_a_deleted_state_directory_keeps_nothing_from_coming_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let node = node(&dir);
+        let s = &node.state_dir;
+        let store = remembered_state(&dir, &node);
+        let mut manager = Nobody;
+        let mut bench = bench(&node, &mut manager, &dir);
+        bench.store = Some(&store);
+        let findings = [finding(FaultKind::RootMissing, Some(Class::State), &[])];
+        // As long as something else is there, what is missing beside it was its owner's to delete.
+        std::fs::remove_dir_all(s.join("extensions")).unwrap();
+        std::fs::remove_dir_all(s.join("state")).unwrap();
+        work(&mut bench, &findings, false, false).unwrap();
+        assert!(s.join("state/other.json").is_file() && !s.join("extensions").exists());
+        // Another incident.
+        bench.quarantine = dir.join("quarantine/00000002");
+        std::fs::remove_dir_all(s).unwrap();
+        for made in ["state", "tmp/openclaw-0"] {
+            std::fs::create_dir_all(s.join(made)).unwrap();
+        }
+        std::fs::write(s.join("tmp/openclaw-0/gateway.state.lock"), "{}").unwrap();
+        work(&mut bench, &findings, false, false).unwrap();
+        for file in [
+            "openclaw.json",
+            "extensions/mine.js",
+            "state/other.json",
+            "credentials/x.json",
+            "workspace/MEMORY.md",
+        ] {
+            assert!(s.join(file).is_file(), "{file}");
+        }
     }
 
     /// What a look finds of credentials that the trusted snapshot of `store` holds.

@@ -29,6 +29,19 @@ pub fn roots(node: &Node) -> Vec<Root> {
     roots
 }
 
+/// Whether nothing of the state is left: a gateway that runs on makes an empty directory or two again, and what is made
+/// anew by itself is nothing.
+#[must_use]
+pub fn state_is_gone(node: &Node) -> bool {
+    match std::fs::read_dir(&node.state_dir) {
+        Ok(entries) => entries.flatten().all(|e| {
+            let transient = TRANSIENT.iter().any(|name| e.file_name() == *name);
+            transient || e.file_type().is_ok_and(|t| t.is_dir()) && is_void(&e.path())
+        }),
+        Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+    }
+}
+
 fn root(name: &str, path: &Path, class: Class) -> Root {
     Root { name: name.into(), path: resolved(path), class, exclude: Vec::new(), only: None }
 }

@@ -34,8 +34,21 @@ pub fn read_bounded(path: &Path, max: u64) -> Result<Vec<u8>> {
 /// # Errors
 /// When it cannot be written; then the old one is untouched and nothing is left beside it.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    put(path, bytes, mode, true)?;
+    sync_dir(parent(path))
+}
+
+/// The same for what only has a meaning while this boot lasts: readers see the old content or the new, whole. It is not
+/// made durable, because on a busy disk that takes seconds for which a recovery would wait.
+///
+/// # Errors
+/// As for [`write_atomic`].
+pub fn write_for_now(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    put(path, bytes, mode, false)
+}
+
+fn put(path: &Path, bytes: &[u8], mode: u32, durable: bool) -> Result<()> {
     let what = || format!("writing {}", path.display());
-    let dir = parent(path);
     let tmp = beside(path);
     let written = (|| {
         let mut file = std::fs::OpenOptions::new()
@@ -47,14 +60,15 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
         // The mode asked for, whatever our mask is.
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
-        file.sync_all()?;
+        if durable {
+            file.sync_all()?;
+        }
         std::fs::rename(&tmp, path)
     })();
-    if let Err(e) = written {
+    written.map_err(|e| {
         let _ = std::fs::remove_file(&tmp);
-        return Err(Error::io(what(), &e));
-    }
-    sync_dir(dir)
+        Error::io(what(), &e)
+    })
 }
 
 /// A name beside `path`, hidden, that nobody else uses.

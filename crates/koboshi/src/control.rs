@@ -76,7 +76,7 @@ pub fn waiting(places: &Places) -> Vec<(String, Order)> {
 /// Answers an order.
 pub fn answer(places: &Places, id: &str, reply: &Reply) -> Result<()> {
     let text = serde_json::to_vec(reply).map_err(|e| Error::new(Kind::System, "answer an order", e))?;
-    files::write_atomic(&places.orders().join(format!("{id}.reply")), &text, 0o600)
+    files::write_for_now(&places.orders().join(format!("{id}.reply")), &text, 0o600)
 }
 
 /// Gives an order to the running agent and waits for its reply.

@@ -64,8 +64,8 @@ const MANAGER_EVERY_MS: u64 = 60_000;
 const DRAIN_LIMIT: Duration = Duration::from_secs(330);
 /// Files change in bursts; one look after this long sees them all.
 const SETTLE_FILES_MS: u64 = 300;
-/// Things that go from a user's tree are a reason to look no more often than this.
-const USERS_AGAIN_MS: u64 = 60_000;
+/// A user's tree that is emptied again and again is a reason to look no more often than this.
+const USERS_AGAIN_MS: u64 = 15_000;
 /// Trees of the user's that are watched: one workspace per agent, and a few more.
 const MOST_USERS_ROOTS: usize = 32;
 /// An unchanged status is published again after this long, so that its age says whether the agent lives.
@@ -823,10 +823,10 @@ impl Agent {
         let news = |e: &host::watch::Event| match e.key.as_str() {
             "will" | "orders" => false,
             "state" => matches!(e.kind, Change::Appeared | Change::Vanished | Change::Lost),
-            "users" => matches!(e.kind, Change::Vanished | Change::Lost),
             _ => true,
         };
-        let emptied = events.iter().any(|e| e.key == "users" && news(e)) && self.users.emptied();
+        // Also when something came: a tree that was brought back may be emptied again.
+        let emptied = events.iter().any(|e| e.key == "users") && self.users.emptied();
         let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
         self.exam_due =
             exam_due(self.exam_due, now, events.iter().any(|e| e.key != "users" && news(e)), emptied, rested);

@@ -271,8 +271,9 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     let mut saved = save_open_databases(bench, &choice, &mut report)?;
     quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, NEEDS, &mut report)?;
-    if foreign {
-        owners::give_back(bench, &mut report)?;
+    if foreign && let Err(e) = owners::give_back(bench, &mut report) {
+        // A rescued database and all other damage are still to be dealt with.
+        report.could_not(e.to_string());
     }
     saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
     let mut kept = BTreeSet::new();

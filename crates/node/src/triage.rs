@@ -418,7 +418,13 @@ pub fn foreign(node: &Node) -> Vec<Foreign> {
         if meta.is_symlink() {
             continue;
         }
-        let bits = if meta.is_dir() { 0o7 } else { 0o6 };
+        // The gateway reads its config; one that its owner lets nobody write is a choice, not damage. What a `sudo openclaw`
+        // leaves is root's and private, so that it cannot even be read.
+        let bits = match meta.is_dir() {
+            true => 0o7,
+            false if path == node.config_path => 0o4,
+            false => 0o6,
+        };
         let kept = [4, 2, 1].iter().all(|b| bits & b == 0 || config::may(node, &meta, *b));
         if !kept && !has_acl(&path) {
             wrong.push(Foreign { path, class, uid: meta.uid(), mode: meta.mode() & 0o7777 });

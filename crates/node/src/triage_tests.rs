@@ -334,6 +334,21 @@ fn ownership_is_seen_as_the_nodes_user_would_see_it() {
 }
 
 #[test]
+fn a_config_that_the_gateway_may_only_read_is_its_owners_choice() {
+    let mut w = Whole::new();
+    if w.node.ids.uid != 0 {
+        return;
+    }
+    w.node.ids = host::run::Ids { uid: 12_345, gid: 12_345 };
+    let named = |w: &Whole| foreign(&w.node).iter().any(|f| f.path == w.node.config_path);
+    chmod(&w.node.config_path, 0o644);
+    assert!(!named(&w));
+    // As a `sudo openclaw` leaves it.
+    chmod(&w.node.config_path, 0o600);
+    assert!(named(&w));
+}
+
+#[test]
 fn a_stranger_on_the_port_is_told_with_its_program() {
     let mut w = Whole::new();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");

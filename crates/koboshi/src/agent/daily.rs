@@ -538,7 +538,8 @@ impl Agent {
             self.judge.config_checked(checked);
             self.save_baseline();
         }
-        if self.daily.known.learn(&exam.ages_s, clock::wall().as_second()) {
+        // A look that left the store alone knows of no copies; that is no news of them.
+        if !exam.store_hangs && self.daily.known.learn(&exam.ages_s, clock::wall().as_second()) {
             self.keep_known();
         }
         self.exam = Some(exam);
@@ -593,7 +594,12 @@ impl Agent {
         }
         let config_now = stamp(std::slice::from_ref(&self.node.config_path));
         let state_now = exam.users;
-        let (first, version) = (exam.snapshot.is_none(), exam.version.clone());
+        if exam.store_hangs {
+            return;
+        }
+        // What was taken first may have lacked the program, because that was in doubt then.
+        let no_program = !exam.ages_s.contains_key(&Class::Program) && self.is_whole();
+        let (first, version) = (exam.snapshot.is_none() || no_program, exam.version.clone());
         let (whole, takeable) = (self.is_whole(), self.takeable(now));
         let config_changed = self.daily.config_seen.is_some_and(|seen| seen != config_now);
         let (now_s, limit_s) = (clock::wall().as_second(), self.config.backup.stale_after_s);
@@ -749,6 +755,7 @@ impl Agent {
             Job::Contacts => "job-contacts",
         };
         let baseline = self.judge.baseline().clone();
+        self.leave_a_hanging_store();
         match self.runner.spawn(name, work, &self.node, Some(&baseline), true, Deadline::after(limit)) {
             Ok(running) => self.daily.job = Some((job, running)),
             Err(e) => self.job_failed(now, &job, &e.to_string()),
@@ -916,14 +923,15 @@ impl Agent {
         self.exam = None;
         self.exam_taken = None;
         let baseline = self.judge.baseline().clone();
-        self.runner.without_store = self.store_hangs.is_some() && self.store_hangs == self.climb_key();
-        // The container of a look that would not die is left to itself, and the next look has another.
-        let name = match self.stuck_looks {
-            0 => "job-examine".to_owned(),
-            n => format!("job-examine-{n}"),
-        };
+        self.leave_a_hanging_store();
+        // Never the daily look's container: that one may be stuck too. One of a look that would not die is left to itself, and
+        // the next look has another.
+        let name = format!("job-look-{}", self.stuck_looks);
         let work = Work::Examine { care, users: false };
         let looked = self.runner.look(&name, work, &self.node, Some(&baseline), limit);
+        if looked.is_err() {
+            self.stuck_looks = self.stuck_looks.saturating_add(1);
+        }
         let answer = looked.map(|(answer, emptied)| {
             if let Err(e) = emptied {
                 self.say(&e.to_string());
@@ -946,6 +954,11 @@ impl Agent {
                 None
             }
         }
+    }
+
+    /// Steps leave a store alone that hung in this climb, and only in this one.
+    pub(super) fn leave_a_hanging_store(&mut self) {
+        self.runner.without_store = self.store_hangs.is_some() && self.store_hangs == self.climb_key();
     }
 
     /// The open incident's climb: what hung in one is tried again in the next.

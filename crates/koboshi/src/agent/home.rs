@@ -208,7 +208,14 @@ impl Agent {
             Phase::Trial => self.trial(now),
             Phase::Rest | Phase::Ready => {
                 if self.home.at.is_none_or(|at| past(now, at)) {
-                    self.look_home(now);
+                    // A way back that could not be begun leaves the trial open; the ladder has righted the node meanwhile.
+                    let open = home::on_trial(&self.places.state_dir).is_some();
+                    if open && self.book.state().incident.is_none() {
+                        self.home.phase = Phase::Trial;
+                        self.home.at = Some(now);
+                    } else {
+                        self.look_home(now);
+                    }
                 }
             }
         }
@@ -446,6 +453,8 @@ impl Agent {
     pub(super) fn home_answers_for(&mut self, cause: &str) -> bool {
         match self.home.phase {
             Phase::Moving | Phase::Back => true,
+            // Whoever keeps hands off it has it as it is.
+            Phase::Trial if self.hands_off().is_some() => false,
             Phase::Trial => {
                 self.say(&format!("the node does not serve at home ({cause}): it goes back to where it did"));
                 self.home_step(Phase::Back, "job-home-back", Work::HomeBack, MOVE_LIMIT);

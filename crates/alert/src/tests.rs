@@ -695,6 +695,7 @@ fn discord_and_slack_are_spoken_to_in_their_own_words() {
     let seen = taken(&sbot);
     assert!(seen[0].line.starts_with("POST /chat.postMessage "), "{}", seen[0].line);
     assert!(seen[0].headers.contains("authorization: bearer hush") && seen[0].body["channel"] == "U1");
+    let mut dirs = Vec::new();
     for (said, accepted) in
         [(r#"{"ok":true}"#, true), (r#"{"ok":false,"error":"ratelimited"}"#, false), ("<html>", false)]
     {
@@ -702,7 +703,9 @@ fn discord_and_slack_are_spoken_to_in_their_own_words() {
         let d = pass_at(&mut outbox, &channels[3..], much_later());
         assert_eq!(d.accepted.len() == 1, accepted, "{said}: {d:?}");
         assert!(d.refused.iter().all(|r| !r.permanent), "{said}: {d:?}");
-        outbox = Outbox::open(tempfile::tempdir().unwrap().path()).unwrap();
+        let another = tempfile::tempdir().unwrap();
+        outbox = Outbox::open(another.path()).unwrap();
+        dirs.push(another);
         outbox.put(&Message::new(Kind::Emergency, &facts, Language::English)).unwrap();
     }
     // Told to wait in the body alone.

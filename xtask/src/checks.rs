@@ -99,9 +99,12 @@ fn untried() -> Vec<(&'static str, &'static str)> {
 fn count(output: &str) -> (u64, u64, u64) {
     let mut sum = (0, 0, 0);
     let mut open: Option<u64> = None;
+    // What failed tests had printed comes before their binary's result, and may look like anything.
+    let mut quoting = false;
     for line in output.lines() {
-        let begins =
-            line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test");
+        quoting = line == "failures:" || quoting && !line.starts_with("test result: ");
+        let begins = !quoting
+            && line.strip_prefix("running ").is_some_and(|rest| rest.ends_with(" tests") || rest == "1 test");
         if let Some(told) = open.filter(|_| begins) {
             sum = (sum.0 + told, sum.1 + 1, sum.2 + 1);
         }
@@ -192,6 +195,9 @@ mod tests {
         assert_eq!(count(&format!("{died}{whole}")), (3, 1, 2));
         assert_eq!(count(&format!("{whole}{died}")), (3, 1, 2), "ended at its deadline");
         assert_eq!(count(&format!("{whole}{whole}")), (2, 0, 2));
+        let quoted = "running 2 tests\ntest a ... ok\ntest b ... FAILED\n\nfailures:\n\nrunning 1 test\n\n\
+            test result: FAILED. 1 passed; 1 failed; 0 ignored\n";
+        assert_eq!(count(&format!("{quoted}{whole}")), (2, 1, 2), "a failed test's words are no binary");
     }
 
     #[test]

@@ -332,30 +332,16 @@ impl Agent {
         if let Err(e) = running.kill() {
             self.say(&e.to_string());
         }
-        match running.answer() {
-            Some(Answer::Done(report)) => {
+        match Answer::wanted(running.answer(), Answer::report) {
+            Ok(report) => {
                 for line in report.done.iter().chain(&report.undone) {
                     self.say(&format!("  home: {line}"));
                 }
                 Some(report)
             }
-            Some(Answer::Failed { what, why }) => {
-                self.say(&format!("  home: {what}: {why}"));
+            Err(why) => {
+                self.say(&format!("  home: {why}"));
                 self.home.why = Some(why);
-                None
-            }
-            Some(
-                Answer::Examined(_)
-                | Answer::Taken { .. }
-                | Answer::Settled { .. }
-                | Answer::Scrubbed { .. }
-                | Answer::Tidied { .. }
-                | Answer::Delivered { .. }
-                | Answer::Remembered { .. }
-                | Answer::Beaten { .. },
-            )
-            | None => {
-                self.home.why = Some("it did not come to an end in its time".to_owned());
                 None
             }
         }

@@ -31,7 +31,7 @@ pub(crate) fn cargo(root: &Path, args: &[&str]) -> Command {
 /// Format, clippy, tidy, unit tests, simulation.
 pub(crate) fn quick(root: &Path, schedules: u64, tally: &mut Tally) {
     tally.one("format", || run(&mut cargo(root, &["fmt", "--all", "--check"]), Show::Yes, BUILD_LIMIT).ok());
-    tally.part("tidy", |_| tidy::all(root));
+    tally.part("tidy", |tally| tidy::all(root, tally));
     tally.one("clippy", || {
         let args = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
         run(&mut cargo(root, &args), Show::Yes, BUILD_LIMIT).ok()
@@ -48,11 +48,12 @@ pub(crate) fn quick(root: &Path, schedules: u64, tally: &mut Tally) {
 /// All tests of the workspace, once; the crash images and the root-only ones are among them and are named.
 fn unit(root: &Path, tally: &mut Tally) {
     let mut output = String::new();
-    tally.part("unit and crash-image tests", |_| {
+    tally.part("unit and crash-image tests", |tally| {
         let ran = run(&mut cargo(root, &["test", "--workspace", "--no-fail-fast"]), Show::Yes, BUILD_LIMIT);
         let ok = ran.ok();
         let (passed, failed, binaries) = count(&ran.stdout);
         output = ran.stdout;
+        tally.remember(failures(&output));
         // A build that failed has no line to be counted by.
         let unseen = (!ok && failed == 0) || binaries == 0;
         if unseen {
@@ -128,6 +129,27 @@ fn count(output: &str) -> (u64, u64, u64) {
     }
 }
 
+/// The tests that failed, each with the beginning of what it had printed.
+fn failures(output: &str) -> Vec<String> {
+    const LINES: usize = 12;
+    let mut found: Vec<String> = Vec::new();
+    let mut left = 0;
+    for line in output.lines() {
+        let name = line.strip_prefix("---- ").and_then(|l| l.strip_suffix(" stdout ----"));
+        if let Some(name) = name {
+            found.push(name.to_owned());
+            left = LINES;
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            left = 0;
+        } else if let Some(last) = found.last_mut().filter(|_| left > 0 && !line.is_empty()) {
+            last.push_str("\n         ");
+            last.push_str(line);
+            left -= 1;
+        }
+    }
+    found
+}
+
 /// The name of the test that this line says has passed.
 fn passed(line: &str) -> Option<&str> {
     let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
@@ -198,6 +220,21 @@ mod tests {
         let quoted = "running 2 tests\ntest a ... ok\ntest b ... FAILED\n\nfailures:\n\nrunning 1 test\n\n\
             test result: FAILED. 1 passed; 1 failed; 0 ignored\n";
         assert_eq!(count(&format!("{quoted}{whole}")), (2, 1, 2), "a failed test's words are no binary");
+    }
+
+    #[test]
+    fn what_failed_is_named_with_its_words() {
+        let words: String = (0..20).map(|n| format!("line {n}\n")).collect();
+        let output = format!(
+            "running 3 tests\ntest a ... ok\ntest m::b ... FAILED\ntest c ... FAILED\n\nfailures:\n\n\
+            ---- m::b stdout ----\n\nthread 'm::b' panicked at x.rs:1:\nleft: 1\n\n---- c stdout ----\n{words}\n\
+            failures:\n    m::b\n    c\n\ntest result: FAILED. 1 passed; 2 failed\nafter\n"
+        );
+        let failed = failures(&output);
+        assert_eq!(failed.len(), 2);
+        assert_eq!(failed[0], "m::b\n         thread 'm::b' panicked at x.rs:1:\n         left: 1");
+        assert!(failed[1].starts_with("c\n") && failed[1].ends_with("line 11"), "{}", failed[1]);
+        assert!(failures("test a ... ok\n").is_empty());
     }
 
     #[test]

@@ -99,7 +99,7 @@ pub(crate) fn run_counted(ran: &Ran, healed_by: &HealedBy, tally: &mut Tally) ->
     let report = match read(&ran.stdout) {
         Ok(report) => report,
         Err(why) => {
-            println!("the demo's report is not what is documented: {why}\n{}", ran.stdout.trim());
+            tally.fail(format!("the demo's report is not what is documented: {why}\n{}", ran.stdout.trim()));
             return (0, 1);
         }
     };
@@ -107,12 +107,13 @@ pub(crate) fn run_counted(ran: &Ran, healed_by: &HealedBy, tally: &mut Tally) ->
     let righted = report.faults.iter().filter(|f| f.is_righted()).count();
     let mut failed = report.faults.len() - righted;
     for f in report.faults.iter().filter(|f| !f.is_righted()) {
-        println!("FAILED {}: {} by {}, {} bytes lost", f.name, f.outcome, f.layer, f.lost_bytes);
+        tally.fail(format!("{}: {} by {}, {} bytes lost", f.name, f.outcome, f.layer, f.lost_bytes));
     }
     // Righted by another layer than may rightly heal it: the node stands, but something was judged wrongly.
     for f in report.faults.iter().filter(|f| f.is_righted()) {
         if !healed_by.get(&f.name).is_some_and(|layers| layers.contains(&f.layer)) {
-            println!("FAILED {}: healed by {}, expected {:?}", f.name, f.layer, healed_by.get(&f.name));
+            let expected = healed_by.get(&f.name);
+            tally.fail(format!("{}: healed by {}, expected {expected:?}", f.name, f.layer));
             failed += 1;
         }
     }
@@ -124,11 +125,11 @@ pub(crate) fn run_counted(ran: &Ran, healed_by: &HealedBy, tally: &mut Tally) ->
     names.sort_unstable();
     names.dedup();
     if names.len() < LEAST_FAULTS {
-        println!("FAILED: {} faults told of, at least {LEAST_FAULTS} expected", names.len());
+        tally.fail(format!("demo: {} faults told of, at least {LEAST_FAULTS} expected", names.len()));
         failed += 1;
     }
     if !ran.ok() && righted == report.faults.len() {
-        println!("FAILED: the demo's exit code denies what it reports: {:?}", ran.status);
+        tally.fail(format!("the demo's exit code denies what it reports: {:?}", ran.status));
         failed += 1;
     }
     (righted as u64, failed as u64)

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         ["check"] => check(),
         ["tidy"] => {
             let mut tally = Tally::new();
-            tally.part("tidy", |_| tidy::all(&root()));
+            tally.part("tidy", |tally| tidy::all(&root(), tally));
             tally.close()
         }
         ["test"] => test(false),

@@ -128,11 +128,12 @@ pub(crate) struct Tally {
     started: Instant,
     parts: Vec<Part>,
     skipped: Vec<(String, String)>,
+    failures: Vec<String>,
 }
 
 impl Tally {
     pub(crate) fn new() -> Tally {
-        Tally { started: Instant::now(), parts: Vec::new(), skipped: Vec::new() }
+        Tally { started: Instant::now(), parts: Vec::new(), skipped: Vec::new(), failures: Vec::new() }
     }
 
     /// Runs a part that counts for itself: passed and failed.
@@ -157,6 +158,17 @@ impl Tally {
         self.skipped.push((name.to_owned(), reason.to_owned()));
     }
 
+    /// Prints what failed and has it named again at the end, where a log's reader looks first.
+    pub(crate) fn fail(&mut self, what: String) {
+        println!("FAILED {what}");
+        self.failures.push(what);
+    }
+
+    /// The same for what was printed when it happened.
+    pub(crate) fn remember(&mut self, failures: impl IntoIterator<Item = String>) {
+        self.failures.extend(failures);
+    }
+
     /// Prints the summary; the last line stands alone.
     pub(crate) fn close(self) -> ExitCode {
         println!("\n== summary");
@@ -166,6 +178,9 @@ impl Tally {
         }
         for (name, reason) in &self.skipped {
             println!("left out: {name}: {reason}");
+        }
+        for what in &self.failures {
+            println!("FAILED {what}");
         }
         println!("all in {}", minutes(self.started.elapsed()));
         let passed: u64 = self.parts.iter().map(|p| p.passed).sum();

@@ -1,6 +1,7 @@
 //! Reads the repository as a strict colleague would: what lints cannot see. Each rule is one check, and says where
 //! it was broken.
 
+use crate::run::Tally;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,7 +40,7 @@ impl Text {
 }
 
 /// Runs every rule: how many hold, how many do not.
-pub(crate) fn all(root: &Path) -> (u64, u64) {
+pub(crate) fn all(root: &Path, tally: &mut Tally) -> (u64, u64) {
     let files = files(root);
     let rules: [(&str, Vec<String>); 6] = [
         ("no path of this machine", machine_paths(root, &files)),
@@ -55,6 +56,7 @@ pub(crate) fn all(root: &Path) -> (u64, u64) {
         for line in &broken {
             println!("         {line}");
         }
+        tally.remember(broken.iter().map(|line| format!("tidy: {rule}: {line}")));
         if broken.is_empty() { sum.0 += 1 } else { sum.1 += 1 }
     }
     sum

@@ -36,9 +36,9 @@ pub(crate) fn run(root: &Path, only: &[&str], tally: &mut Tally) {
     tally.part("field: one real node and its agent", |tally| {
         println!("a node is being set up");
         let mut field = match Stage::set(root) {
-            Ok(stage) => Field { stage, passed: 0, failed: 0, skipped: Vec::new() },
+            Ok(stage) => Field { stage, passed: 0, failures: Vec::new(), skipped: Vec::new() },
             Err(why) => {
-                println!("FAILED: {why}");
+                tally.fail(format!("field: {why}"));
                 return (0, 1);
             }
         };
@@ -47,7 +47,9 @@ pub(crate) fn run(root: &Path, only: &[&str], tally: &mut Tally) {
         for (name, reason) in &field.skipped {
             tally.skip(&format!("field {name}"), reason);
         }
-        (field.passed, field.failed)
+        let failed = field.failures.len() as u64;
+        tally.remember(field.failures);
+        (field.passed, failed)
     });
 }
 
@@ -71,7 +73,7 @@ pub(crate) fn alone(root: &Path, only: &[&str]) -> ExitCode {
 struct Field {
     stage: Stage,
     passed: u64,
-    failed: u64,
+    failures: Vec<String>,
     /// What this machine does not allow, and why.
     skipped: Vec<(&'static str, String)>,
 }
@@ -107,16 +109,19 @@ impl Field {
             self.passed += 1;
             println!("   ok      {what}");
         } else {
-            self.failed += 1;
-            println!("   FAILED  {what}: {}", seen());
+            self.fail(format!("{what}: {}", seen()));
         }
     }
 
     fn end_of(&mut self, name: &str, result: Result<(), String>) {
         if let Err(why) = result {
-            self.failed += 1;
-            println!("   FAILED  {name} could not go on: {why}");
+            self.fail(format!("{name} could not go on: {why}"));
         }
+    }
+
+    fn fail(&mut self, what: String) {
+        println!("   FAILED  {what}");
+        self.failures.push(format!("field: {what}"));
     }
 
     /// An agent in guard mode, a node that serves, nothing open: what every test begins with.
@@ -156,7 +161,7 @@ impl Field {
 
     /// After a failure: the logs and the incidents, where they outlive the stage.
     fn keep_for_a_look(&self, root: &Path) {
-        if self.failed == 0 {
+        if self.failures.is_empty() {
             return;
         }
         let to = root.join("target/field-failed");

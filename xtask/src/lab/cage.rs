@@ -27,6 +27,8 @@ const NAME: &str = "koboshi-lab-";
 pub(crate) struct Outcome {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
+    /// What failed, each with its scenario.
+    pub(crate) failures: Vec<String>,
     pub(crate) skipped: Vec<(String, String)>,
 }
 
@@ -104,9 +106,11 @@ fn outcome(text: &str) -> Option<Outcome> {
     let value: Value = serde_json::from_str(text).ok()?;
     let skipped = value["skipped"].as_array()?.iter();
     let pair = |v: &Value| Some((v[0].as_str()?.to_owned(), v[1].as_str()?.to_owned()));
+    let failures = value["failures"].as_array()?.iter();
     Some(Outcome {
         passed: value["passed"].as_u64()?,
         failed: value["failed"].as_u64()?,
+        failures: failures.filter_map(|v| v.as_str().map(str::to_owned)).collect(),
         skipped: skipped.filter_map(pair).collect(),
     })
 }

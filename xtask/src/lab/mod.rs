@@ -98,7 +98,7 @@ fn play(root: &Path, names: &[&str], keep: bool, tally: &mut Tally) {
             println!("Node and OpenClaw are fetched once, by the demo");
             let ran = demo::start(root, &["--no-faults"], 0);
             if !ran.ok() {
-                println!("FAILED: the demo could not fetch them: {}", ran.stdout.trim());
+                tally.fail(format!("lab: the demo could not fetch them: {}", ran.stdout.trim()));
                 return (0, 1);
             }
         }
@@ -111,10 +111,11 @@ fn play(root: &Path, names: &[&str], keep: bool, tally: &mut Tally) {
                 for (name, why) in &outcome.skipped {
                     tally.skip(&format!("lab {name}"), why);
                 }
+                tally.remember(outcome.failures);
                 (outcome.passed, outcome.failed)
             }
             Err(why) => {
-                println!("FAILED: the lab: {why}");
+                tally.fail(format!("lab: {why}"));
                 (0, 1)
             }
         }
@@ -132,10 +133,12 @@ pub(crate) fn inside(words: &[&str]) -> ExitCode {
     let chosen: Vec<&Scenario> = ALL.iter().filter(|s| names.contains(&s.name)).collect();
     let result = Lab::open(Path::new(root), &work, cgroups, keep).map(|lab| lab.play(&chosen));
     let count = result.unwrap_or_else(|why| {
-        println!("FAILED: {why}");
-        Count { passed: 0, failed: 1, skipped: Vec::new() }
+        let mut none = Count::default();
+        none.fail("lab", &why);
+        none
     });
-    let outcome = json!({ "passed": count.passed, "failed": count.failed, "skipped": count.skipped });
+    let outcome = json!({ "passed": count.passed, "failed": count.failed, "failures": count.failures,
+        "skipped": count.skipped });
     match std::fs::write(work.join("outcome.json"), outcome.to_string()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -210,8 +213,7 @@ impl Lab {
                 let mut play = Play { site, name, count: Count::default(), hosts: Vec::new() };
                 let result = (scenario.play)(&mut play);
                 if let Err(why) = result {
-                    play.count.failed += 1;
-                    println!("[{name}] FAILED  it could not go on: {why}");
+                    play.count.fail(name, &format!("it could not go on: {why}"));
                 }
                 if play.count.failed > 0 {
                     play.keep_for_a_look();
@@ -222,8 +224,7 @@ impl Lab {
                 count = std::mem::take(&mut play.count);
             }
             Err(why) => {
-                count.failed += 1;
-                println!("[{name}] FAILED  no site: {why}");
+                count.fail(name, &format!("no site: {why}"));
             }
         }
         let (p, f) = (count.passed, count.failed);
@@ -252,13 +253,21 @@ fn own_run(work: &Path) -> Result<(), String> {
 struct Count {
     passed: u64,
     failed: u64,
+    failures: Vec<String>,
     skipped: Vec<(String, String)>,
 }
 
 impl Count {
+    fn fail(&mut self, scenario: &str, what: &str) {
+        println!("[{scenario}] FAILED  {what}");
+        self.failed += 1;
+        self.failures.push(format!("[{scenario}] {what}"));
+    }
+
     fn add(&mut self, other: Count) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.failures.extend(other.failures);
         self.skipped.extend(other.skipped);
     }
 }
@@ -402,8 +411,7 @@ impl Play<'_> {
             self.count.passed += 1;
             println!("[{}] ok      {what}", self.name);
         } else {
-            self.count.failed += 1;
-            println!("[{}] FAILED  {what}: {}", self.name, seen());
+            self.count.fail(self.name, &format!("{what}: {}", seen()));
         }
     }
 

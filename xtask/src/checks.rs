@@ -53,7 +53,10 @@ fn unit(root: &Path, tally: &mut Tally) {
         let ok = ran.ok();
         let (passed, failed, binaries) = count(&ran.stdout);
         output = ran.stdout;
-        tally.remember(failures(&output));
+        let named = failures(&output);
+        let died = failed.saturating_sub(named.len() as u64);
+        tally.remember(named);
+        tally.remember((died > 0).then(|| format!("{died} test binaries ended without a result")));
         // A build that failed has no line to be counted by.
         let unseen = (!ok && failed == 0) || binaries == 0;
         if unseen {

@@ -109,17 +109,17 @@ impl Field {
             self.passed += 1;
             println!("   ok      {what}");
         } else {
-            self.fail(format!("{what}: {}", seen()));
+            self.fail(&format!("{what}: {}", seen()));
         }
     }
 
     fn end_of(&mut self, name: &str, result: Result<(), String>) {
         if let Err(why) = result {
-            self.fail(format!("{name} could not go on: {why}"));
+            self.fail(&format!("{name} could not go on: {why}"));
         }
     }
 
-    fn fail(&mut self, what: String) {
+    fn fail(&mut self, what: &str) {
         println!("   FAILED  {what}");
         self.failures.push(format!("field: {what}"));
     }

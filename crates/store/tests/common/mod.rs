@@ -25,7 +25,12 @@ const OWN_MOUNTS: &str = "KOBOSHI_TEST_OWN_MOUNTS";
 
 /// Runs the test of this name once more where nobody sees its mounts: a namespace that somebody else makes meanwhile
 /// would copy them and keep a file system alive that was unmounted here. True within.
-#[allow(clippy::disallowed_methods, reason = "it ends by itself")]
+#[allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it ends by itself, and speaks"
+)]
 pub fn in_own_mounts(name: &str) -> bool {
     if std::env::var_os(OWN_MOUNTS).is_some() {
         return true;
@@ -35,9 +40,12 @@ pub fn in_own_mounts(name: &str) -> bool {
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env(OWN_MOUNTS, "1")
-        .status()
+        .output()
         .unwrap();
-    assert!(there.success(), "{name}, in a mount namespace of its own");
+    // Its words are this test's: on the terminal they would be those of one more test binary, to whoever counts.
+    print!("{}", String::from_utf8_lossy(&there.stdout));
+    eprint!("{}", String::from_utf8_lossy(&there.stderr));
+    assert!(there.status.success(), "{name}, in a mount namespace of its own");
     false
 }
 

@@ -11,6 +11,7 @@ mod tree;
 use crate::clock::Deadline;
 use crate::error::{Context, Error, Kind, Result};
 use crate::files;
+use crate::immutable::freeing;
 use crate::journal::Journal;
 use merge::{Log, Merge};
 use rustix::fs::{CWD, RenameFlags};
@@ -268,7 +269,7 @@ fn refuse_nested(stage: &Path, live: &Path) -> Result<()> {
 fn go_on(stage: &Path, live: &Path, was_there: bool, notes: &mut Journal, may: May<'_>) -> Result<Swapped> {
     let what = || format!("switching {} for {}", live.display(), stage.display());
     let flags = if was_there { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
-    match rustix::fs::renameat_with(CWD, stage, CWD, live, flags) {
+    match freeing(&[stage, live], || rustix::fs::renameat_with(CWD, stage, CWD, live, flags)) {
         Ok(()) => {
             sync_both(stage, live)?;
             note(notes, &Note::Done)?;
@@ -483,7 +484,8 @@ pub fn move_aside(path: &Path, quarantine_dir: &Path) -> Result<PathBuf> {
         if n > 1 {
             target = with_suffix(&target, &format!(".{n}"));
         }
-        match rustix::fs::renameat_with(CWD, path, CWD, &target, RenameFlags::NOREPLACE) {
+        let aside = || rustix::fs::renameat_with(CWD, path, CWD, &target, RenameFlags::NOREPLACE);
+        match freeing(&[path], aside) {
             Ok(()) => {
                 sync_both(path, &target)?;
                 return Ok(target);

@@ -6,6 +6,7 @@ pub mod dying;
 pub mod error;
 pub mod exchange;
 pub mod files;
+pub mod immutable;
 pub mod journal;
 pub mod notify;
 pub mod output;

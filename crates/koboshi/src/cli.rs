@@ -35,12 +35,18 @@ pub enum Command {
     Doctor,
     /// Rights the node now, as the agent would.
     Recover(Recover),
-    /// The store: create, list, show, verify, restore, prune.
-    #[command(subcommand)]
-    Snapshot(Snapshot),
-    /// What happened: list, show ID.
-    #[command(subcommand)]
-    Incidents(Incidents),
+    /// The store: create, list (also without a word more), show, verify, restore, prune.
+    Snapshot {
+        /// What is to be done.
+        #[command(subcommand)]
+        what: Option<Snapshot>,
+    },
+    /// What happened: list (also without a word more), show ID.
+    Incidents {
+        /// List or show.
+        #[command(subcommand)]
+        what: Option<Incidents>,
+    },
     /// Hands off: watch and journal, touch nothing. Ends by itself.
     Pause(Pause),
     /// Hands on again.
@@ -56,9 +62,12 @@ pub enum Command {
     /// The store's key, for safe keeping off this host.
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Other hosts whose nodes may lend their program: status, enroll.
-    #[command(subcommand)]
-    Fleet(Fleet),
+    /// Other hosts whose nodes may lend their program: status (also without a word more), enroll.
+    Fleet {
+        /// Ask or enroll.
+        #[command(subcommand)]
+        what: Option<Fleet>,
+    },
     /// A real OpenClaw node in a throw-away directory, knocked over and righted before your eyes.
     Demo(Demo),
     /// Shell completions on standard output.

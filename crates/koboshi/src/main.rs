@@ -11,6 +11,7 @@ mod patient;
 mod places;
 mod print;
 mod reinstall;
+mod room;
 mod sources;
 mod space;
 mod spare;
@@ -89,15 +90,15 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         | cli::Command::Check
         | cli::Command::Doctor
         | cli::Command::Recover(_)
-        | cli::Command::Snapshot(_)
-        | cli::Command::Incidents(_)
+        | cli::Command::Snapshot { .. }
+        | cli::Command::Incidents { .. }
         | cli::Command::Pause(_)
         | cli::Command::Resume
         | cli::Command::Accept
         | cli::Command::Node(_)
         | cli::Command::Alert(_)
         | cli::Command::Key(_)
-        | cli::Command::Fleet(_)
+        | cli::Command::Fleet { .. }
         | cli::Command::Completions { .. }
         | cli::Command::Man { .. } => commands::run(cli, printer),
     }

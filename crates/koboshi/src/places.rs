@@ -66,6 +66,11 @@ impl Places {
         Ok(Places { config_file, key_file, state_dir, run_dir })
     }
 
+    /// Room for a full disk.
+    pub fn reserve(&self) -> PathBuf {
+        self.state_dir.join("reserve")
+    }
+
     /// Sealed snapshots.
     pub fn store(&self) -> PathBuf {
         self.state_dir.join("store")

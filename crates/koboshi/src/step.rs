@@ -6,7 +6,7 @@
 use crate::config::Config;
 use crate::patient::Service;
 use crate::places::Places;
-use crate::{spare, sudo, voice};
+use crate::{room, spare, sudo, voice};
 use alert::Outbox;
 use engine::{Class, FaultKind, Finding};
 use host::clock::Deadline;
@@ -58,6 +58,11 @@ pub enum Work {
     Tidy {
         /// Only the store: an incident is open, and what it has put aside is not to be touched.
         store_only: bool,
+    },
+    /// Makes room on a full disk.
+    Room {
+        /// Also by giving the reserve.
+        reserve: bool,
     },
     /// Sends what waits in the outbox.
     Deliver,
@@ -152,6 +157,7 @@ impl Work {
             | Work::Snapshot { .. }
             | Work::Settle
             | Work::Tidy { .. }
+            | Work::Room { .. }
             | Work::Deliver
             | Work::Contacts
             | Work::Beat
@@ -221,7 +227,7 @@ pub enum Answer {
         /// What the store has lost for good, one line; a snapshot is wanted and somebody is to know.
         lost: Option<String>,
     },
-    /// Of `Tidy`.
+    /// Of `Tidy` and `Room`.
     Tidied {
         /// One line each.
         done: Vec<String>,
@@ -376,6 +382,9 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
         }
         Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy { store_only } => tidy(&places, &config, node, *store_only, deadline),
+        Work::Room { reserve } => {
+            Ok(Answer::Tidied { done: room::make(node, &config, &places, *reserve, deadline) })
+        }
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
             let channels = voice::channels(&config, &places, Some(&node.home));
@@ -765,6 +774,7 @@ fn tidy(
     if freed > 0 {
         done.push(format!("{freed} bytes of the quarantine freed"));
     }
+    done.extend(room::keep_reserve(node, places)?);
     if config.store.spare {
         done.extend(spare::make(node, &store, limit, deadline)?);
     }

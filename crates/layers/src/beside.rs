@@ -8,7 +8,8 @@ use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 
 /// The file, until it has taken a place.
 pub(crate) struct Beside {
@@ -36,7 +37,9 @@ impl Beside {
         fill: impl FnOnce(&mut File) -> io::Result<()>,
     ) -> io::Result<Beside> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)?;
+        let fd = freeing(&dir, OsStr::new("."), || {
+            rustix::fs::openat(&dir, &name, flags, Mode::RUSR | Mode::WUSR)
+        })?;
         // From here on it goes again, whatever fails.
         let beside = Beside { dir, name, mine: true };
         let mut file = File::from(fd);
@@ -58,7 +61,9 @@ impl Beside {
     /// is never empty in between, and what lay there is never removed by us. Done again it is undone. `false` where the
     /// file system cannot exchange; nothing has changed then.
     pub(crate) fn exchange(&mut self, place: &OsStr) -> io::Result<bool> {
-        match rustix::fs::renameat_with(&self.dir, &self.name, &self.dir, place, RenameFlags::EXCHANGE) {
+        let exchange =
+            || rustix::fs::renameat_with(&self.dir, &self.name, &self.dir, place, RenameFlags::EXCHANGE);
+        match freeing(&self.dir, place, exchange) {
             Ok(()) => {
                 self.mine = !self.mine;
                 Ok(true)
@@ -70,7 +75,7 @@ impl Beside {
 
     /// Takes the place of whatever lies there.
     pub(crate) fn replace(&mut self, place: &OsStr) -> io::Result<()> {
-        rustix::fs::renameat(&self.dir, &self.name, &self.dir, place)?;
+        freeing(&self.dir, place, || rustix::fs::renameat(&self.dir, &self.name, &self.dir, place))?;
         self.mine = false;
         Ok(())
     }
@@ -90,6 +95,14 @@ impl Beside {
     /// What was renamed stays so after a power cut.
     pub(crate) fn sync(&self) -> io::Result<()> {
         Ok(rustix::fs::fsync(&self.dir)?)
+    }
+}
+
+/// Does it once more where what is in the way had been made immutable (`chattr +i`), and is so no longer.
+fn freeing<T>(dir: &OwnedFd, place: &OsStr, act: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    match act() {
+        Err(Errno::PERM) if host::immutable::lift(dir.as_fd(), place.as_bytes()) => act(),
+        other => other,
     }
 }
 

@@ -16,6 +16,7 @@ pub mod peer_copy;
 pub mod quiet;
 pub mod restart;
 pub mod restore;
+pub mod room;
 pub mod system_install;
 mod trees;
 pub mod trial;

@@ -1,10 +1,12 @@
 //! Gives files of the state directory back to the node's user: a single `sudo openclaw` leaves databases and a config that
-//! root owns, and the gateway of the node's own user cannot start with them.
+//! root owns, a `chmod` too many keeps him out of his own, a `chattr +i` keeps everybody from writing, and the gateway
+//! cannot start with them.
 //!
-//! Only as root, and only what the look at the disk names, beneath a state directory that is the user's own. That directory
-//! belongs to somebody who may be hostile: no link is followed anywhere beneath it, nothing on another file system, no file
-//! with a second name, nothing that runs with its owner's rights, and no socket or device is given away, and only what root
-//! owns: what belongs to a third is his. Who owned what is written to the quarantine before anything changes.
+//! Only what the look at the disk names, beneath a state directory that is the user's own; as himself only his own modes.
+//! That directory belongs to somebody who may be hostile: no link is followed anywhere beneath it, nothing on another file
+//! system, no file with a second name, nothing that runs with its owner's rights, and no socket or device is given away, and
+//! only what root owns: what belongs to a third is his. Who owned what, with which mode, is written to the quarantine before
+//! anything changes.
 
 use crate::{Bench, Report};
 use host::{Context, Error, Kind, Result, files};
@@ -12,7 +14,8 @@ use node::Node;
 use node::triage::Foreign;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use serde::{Deserialize, Serialize};
-use std::os::fd::OwnedFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 /// Files given back in one go; the look names a handful, and three for each agent.
@@ -21,29 +24,49 @@ const MOST: usize = 1_000;
 const LIST: &str = "owners.json";
 const LIST_LIMIT_BYTES: u64 = 4 << 20;
 
-/// Who owned a file before.
+/// Each round makes what lies below it visible: a directory that its user may not enter hides all of it.
+const ROUNDS: usize = 4;
+
+/// Who owned a file before, and with which mode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Before {
     path: PathBuf,
     uid: u32,
     gid: u32,
+    #[serde(default)]
+    mode: u32,
 }
 
-/// Gives back what the node's user may not use. What cannot be given back is said, and keeps nothing else from it.
+/// What keeps the user out of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// It is root's.
+    Owner,
+    /// It is his own, and its mode does not let him.
+    Mode,
+    /// Nobody may change it.
+    Attribute,
+}
+
+/// Gives back what the node's user may not use: by owner, by mode, by an attribute that makes it immutable. What cannot be
+/// given back is said, and keeps nothing else from it.
 pub(crate) fn give_back(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for _ in 0..ROUNDS {
+        let mut named = node::triage::foreign(bench.node);
+        named.retain(|f| seen.insert((f.path.clone(), f.immutable)));
+        named.truncate(MOST);
+        if named.is_empty() {
+            break;
+        }
+        give(bench, &named, report)?;
+    }
+    Ok(())
+}
+
+fn give(bench: &Bench<'_>, named: &[Foreign], report: &mut Report) -> Result<()> {
     let node = bench.node;
-    let named = node::triage::foreign(node);
-    if named.is_empty() {
-        return Ok(());
-    }
-    if !rustix::process::geteuid().is_root() {
-        report.could_not(format!(
-            "{} files belong to others than {}, and only root can give them back (sudo chown)",
-            named.len(),
-            node.user
-        ));
-        return Ok(());
-    }
+    let root = rustix::process::geteuid().is_root();
     let top = match open_top(node) {
         Ok(top) => top,
         Err(e) => {
@@ -51,41 +74,59 @@ pub(crate) fn give_back(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
             return Ok(());
         }
     };
-    let mut given = Vec::new();
-    for foreign in named.into_iter().take(MOST) {
-        match open_to_give(node, &top, &foreign) {
-            Ok(found) => given.push(found),
+    let (mut found, mut roots) = (Vec::new(), 0);
+    for foreign in named {
+        match open_to_give(node, &top, foreign) {
+            Ok((_, Kept::Owner | Kept::Attribute, _)) if !root => roots += 1,
+            Ok(one) => found.push(one),
             Err(e) => report.could_not(e.to_string()),
         }
     }
-    if given.is_empty() {
-        return Ok(());
-    }
-    write_down(&bench.quarantine, given.iter().map(|(_, before)| before.clone()))?;
-    let to = (Uid::from_raw(node.ids.uid), Gid::from_raw(node.ids.gid));
-    for (fd, before) in given {
-        let what = || format!("give {} back to {}", before.path.display(), node.user);
-        if let Err(e) =
-            rustix::fs::chownat(&fd, c"", Some(to.0), Some(to.1), AtFlags::EMPTY_PATH).context(what)
-        {
-            report.could_not(e.to_string());
-            continue;
-        }
-        report.did(format!(
-            "{} belongs to {} again (it belonged to {}:{})",
-            before.path.display(),
-            node.user,
-            before.uid,
-            before.gid
+    if roots > 0 {
+        report.could_not(format!(
+            "{roots} files that {} may not use are for root alone to give back (sudo chown, sudo chattr -i)",
+            node.user
         ));
     }
+    if found.is_empty() {
+        return Ok(());
+    }
+    write_down(&bench.quarantine, found.iter().map(|(_, _, before)| before.clone()))?;
+    for (fd, kept, before) in found {
+        match free(node, &fd, kept, &before) {
+            Ok(how) => report.did(format!("{} {how}", before.path.display())),
+            Err(e) => report.could_not(e.to_string()),
+        }
+    }
     Ok(())
+}
+
+/// Lets the user in; what was done, in words.
+fn free(node: &Node, fd: &OwnedFd, kept: Kept, before: &Before) -> Result<String> {
+    let what = || format!("give {} back to {}", before.path.display(), node.user);
+    match kept {
+        Kept::Attribute if host::immutable::lift_handle(fd) => Ok("can be changed again".to_owned()),
+        Kept::Attribute => Err(Error::new(Kind::Denied, what(), "its attributes cannot be changed")),
+        Kept::Owner => {
+            let (uid, gid) = (Uid::from_raw(node.ids.uid), Gid::from_raw(node.ids.gid));
+            rustix::fs::chownat(fd, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH).context(what)?;
+            Ok(format!("belongs to {} again (it belonged to {}:{})", node.user, before.uid, before.gid))
+        }
+        Kept::Mode => {
+            let directory = FileType::from_raw_mode(before.mode) == FileType::Directory;
+            let mode = before.mode & 0o7777 | if directory { 0o700 } else { 0o600 };
+            // A handle has no way to change a mode on kernels before 6.6 but this one.
+            let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            rustix::fs::chmod(link, Mode::from_raw_mode(mode)).context(what)?;
+            Ok(format!("lets {} in again (its mode was {:o})", node.user, before.mode & 0o7777))
+        }
+    }
 }
 
 /// The state directory, if it is the user's own: whatever lies in it is at a place of his.
 fn open_top(node: &Node) -> Result<OwnedFd> {
     let what = || format!("give files of {} back to {}", node.state_dir.display(), node.user);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let top = rustix::fs::open(&node.state_dir, flags, Mode::empty()).context(what)?;
     let stat = rustix::fs::fstat(&top).context(what)?;
     if stat.st_uid != node.ids.uid {
@@ -95,8 +136,8 @@ fn open_top(node: &Node) -> Result<OwnedFd> {
     Ok(top)
 }
 
-/// The file that is to be given back, opened, and who owns it.
-fn open_to_give(node: &Node, top: &OwnedFd, foreign: &Foreign) -> Result<(OwnedFd, Before)> {
+/// The file that is to be given back, opened, what keeps the user out of it, and who owns it.
+fn open_to_give(node: &Node, top: &OwnedFd, foreign: &Foreign) -> Result<(OwnedFd, Kept, Before)> {
     let what = || format!("give {} back to {}", foreign.path.display(), node.user);
     let refuse = |why: &str| Err(Error::new(Kind::Denied, what(), why));
     let Ok(below) = foreign.path.strip_prefix(&node.state_dir) else {
@@ -114,13 +155,18 @@ fn open_to_give(node: &Node, top: &OwnedFd, foreign: &Foreign) -> Result<(OwnedF
     if kind == FileType::RegularFile && (stat.st_nlink != 1 || stat.st_mode & 0o6111 != 0) {
         return refuse("it has another name elsewhere, or can be run");
     }
-    if stat.st_uid == node.ids.uid {
-        return refuse("it is his already; its mode keeps him out");
-    }
-    if stat.st_uid != 0 {
+    let before =
+        Before { path: foreign.path.clone(), uid: stat.st_uid, gid: stat.st_gid, mode: stat.st_mode };
+    let his = stat.st_uid == node.ids.uid;
+    if !his && stat.st_uid != 0 {
         return refuse("it belongs to somebody who is not root");
     }
-    Ok((fd, Before { path: foreign.path.clone(), uid: stat.st_uid, gid: stat.st_gid }))
+    let kept = match (foreign.immutable, his) {
+        (true, _) => Kept::Attribute,
+        (false, true) => Kept::Mode,
+        (false, false) => Kept::Owner,
+    };
+    Ok((fd, kept, before))
 }
 
 /// Opens one entry beneath a directory, for its attributes alone, following no link.
@@ -136,7 +182,8 @@ fn open_below(top: &OwnedFd, below: &Path) -> std::io::Result<OwnedFd> {
         let next = rustix::fs::openat(at.as_ref().unwrap_or(top), part, flags | on_the_way, Mode::empty())?;
         at = Some(next);
     }
-    at.ok_or_else(|| std::io::Error::other("it is the state directory itself"))
+    // The directory itself.
+    at.map_or_else(|| top.try_clone(), Ok)
 }
 
 /// Adds to the list of who owned what: a try that was killed in between has changed some of it already.
@@ -243,7 +290,8 @@ mod tests {
         assert!(report.undone.iter().any(|l| l.contains("another name elsewhere")), "{report:?}");
         let list = std::fs::read(dir.path().join("quarantine/00000001").join(LIST)).unwrap();
         let list: Vec<Before> = serde_json::from_slice(&list).unwrap();
-        assert!(list.contains(&Before { path: db, uid: 0, gid: 0 }) && list.len() == 2, "{list:?}");
+        let was = Before { path: db, uid: 0, gid: 0, mode: 0o100_600 };
+        assert!(list.contains(&was) && list.len() == 2, "{list:?}");
 
         // A directory of databases that root made, and a file of a third's.
         chown(state.join("state"), Some(0), Some(0)).unwrap();
@@ -258,6 +306,66 @@ mod tests {
         let report = work(&node, dir.path());
         assert_eq!((owner(&state), owner(&node.config_path)), (0, 0));
         assert!(report.undone.iter().any(|l| l.contains("the directory itself belongs to 0")), "{report:?}");
+    }
+
+    #[test]
+    fn what_is_his_own_lets_him_in_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = node(dir.path());
+        let root = rustix::process::geteuid().is_root();
+        if !root {
+            node.ids = host::run::Ids::current();
+        }
+        let agent = node.state_dir.join("agents/main/agent");
+        std::fs::create_dir_all(&agent).unwrap();
+        let db = agent.join("openclaw-agent.sqlite");
+        private(&db);
+        private(&node.state_db());
+        let all: Vec<PathBuf> = [&node.state_db(), &db]
+            .into_iter()
+            .flat_map(|p| p.ancestors().take_while(|a| a.starts_with(&node.state_dir)).map(Path::to_owned))
+            .collect();
+        for path in &all {
+            if root {
+                chown(path, Some(USER), Some(USER)).unwrap();
+            }
+        }
+        // The deepest first: what is closed cannot be entered any more.
+        for path in &all {
+            let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o0));
+        }
+        let report = work(&node, dir.path());
+        let mode = |p: &Path| p.symlink_metadata().unwrap().mode() & 0o7777;
+        assert_eq!((mode(&node.state_dir), mode(&agent), mode(&db)), (0o700, 0o700, 0o600), "{report:?}");
+        assert_eq!(mode(&node.state_db()), 0o600);
+        assert!(
+            report.done.iter().any(|l| l.contains("lets nobody in again (its mode was 0)")),
+            "{report:?}"
+        );
+    }
+
+    #[test]
+    fn what_nobody_may_change_can_be_changed_again_as_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        // Where a tmpfs knows no such attribute.
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let node = node(dir.path());
+        chown(&node.state_dir, Some(USER), Some(USER)).unwrap();
+        chown(node.state_dir.join("state"), Some(USER), Some(USER)).unwrap();
+        private(&node.state_db());
+        let fd = std::fs::File::open(node.state_db()).unwrap();
+        let fixed = rustix::fs::IFlags::IMMUTABLE;
+        let now = rustix::fs::ioctl_getflags(&fd).unwrap_or(fixed);
+        if rustix::fs::ioctl_setflags(&fd, now | fixed).is_err() {
+            println!("left out, no such attributes here");
+            return;
+        }
+        // It is root's besides.
+        let report = work(&node, dir.path());
+        assert!(!host::immutable::is_set(&node.state_db()), "{report:?}");
+        assert_eq!(owner(&node.state_db()), USER, "{report:?}");
     }
 
     #[test]

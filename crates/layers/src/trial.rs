@@ -5,13 +5,13 @@
 //! was only *blamed* (it changed since the node last served, and the gateway's last words were about its config) is its
 //! owner's newest word. Layer 1 puts the older one in its place on trial: if the judge accepts the start, that stays and
 //! the closing message says where the other lies; if the whole climb fails, the owner's config goes back, so that a
-//! failed recovery never silently ends with older settings. Program, runtime and service files have no such trial:
-//! docs/decisions/0010.
+//! failed recovery never silently ends with older settings. Drop-ins of the unit that no snapshot knows are on trial in the
+//! same way. Program, runtime and service files that a snapshot knows have none: docs/decisions/0010.
 
 use crate::{Bench, Report, restore};
 use host::{Error, Kind, Result, files};
 use node::refusal;
-use restore::Choice;
+use restore::{Choice, drop_ins};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
@@ -68,10 +68,14 @@ pub(crate) fn begun(bench: &Bench<'_>, kept: Option<Vec<u8>>) -> Result<()> {
 /// Whether a trial of this incident's quarantine is on.
 #[must_use]
 pub fn on(quarantine: &Path) -> bool {
+    config_on(quarantine) || drop_ins::on(quarantine)
+}
+
+fn config_on(quarantine: &Path) -> bool {
     quarantine.join("on-trial").join(PLACED).exists()
 }
 
-/// The judge rejected all of it: the owner's config goes back, unless somebody has written another meanwhile. Only while
+/// The judge rejected all of it: the owner's drop-ins and config go back, the config unless somebody has written another meanwhile. Only while
 /// no gateway runs on the one that is there.
 pub fn over(bench: &mut Bench<'_>) -> Result<Report> {
     let mut report = Report::default();
@@ -84,6 +88,12 @@ pub fn over(bench: &mut Bench<'_>) -> Result<Report> {
             "put the config back",
             format!("process {} runs on the one that is there", gateway.pid),
         ));
+    }
+    if drop_ins::on(&bench.quarantine) {
+        drop_ins::back(&bench.quarantine, &mut report)?;
+    }
+    if !config_on(&bench.quarantine) {
+        return Ok(report);
     }
     let dir = dir(bench);
     let placed = files::read_bounded(&dir.join(PLACED), LIMIT_BYTES)?;

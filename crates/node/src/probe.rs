@@ -798,6 +798,18 @@ fn activity(node: &Node, want: &Want, process: Option<ProcessId>) -> Activity {
     Activity { log_bytes, database }
 }
 
+/// The directories outside its state that the gateway keeps its logs in, those that are there and its user's: below `/tmp`
+/// one of another user proves nothing about this node.
+#[must_use]
+pub fn log_dirs(node: &Node) -> Vec<PathBuf> {
+    let uid = node.ids.uid;
+    let tmp =
+        node.env.iter().find(|(k, _)| k == "TMPDIR").map_or_else(|| PathBuf::from("/tmp"), |(_, v)| v.into());
+    let mut dirs = vec![PathBuf::from("/tmp/openclaw"), tmp.join(format!("openclaw-{uid}"))];
+    dirs.retain(|dir| std::fs::symlink_metadata(dir).is_ok_and(|m| m.is_dir() && m.uid() == uid));
+    dirs
+}
+
 /// The newest of the logs that the gateway may be writing.
 pub(crate) fn newest_log(node: &Node) -> Option<PathBuf> {
     /// A month of daily logs and their parts.
@@ -808,21 +820,14 @@ pub(crate) fn newest_log(node: &Node) -> Option<PathBuf> {
     {
         candidates.push(PathBuf::from(file));
     }
-    let uid = node.ids.uid;
-    let tmp =
-        node.env.iter().find(|(k, _)| k == "TMPDIR").map_or_else(|| PathBuf::from("/tmp"), |(_, v)| v.into());
-    for dir in [PathBuf::from("/tmp/openclaw"), tmp.join(format!("openclaw-{uid}"))] {
-        // Under /tmp a directory of another user proves nothing about this node.
-        if std::fs::symlink_metadata(&dir).is_ok_and(|m| m.is_dir() && m.uid() == uid) {
-            let logs =
-                std::fs::read_dir(&dir).into_iter().flatten().flatten().take(LOGS_LIMIT).map(|e| e.path());
-            candidates.extend(logs.filter(|p| {
-                p.file_name().is_some_and(|n| {
-                    let n = n.to_string_lossy();
-                    n.starts_with("openclaw") && n.ends_with(".log")
-                })
-            }));
-        }
+    for dir in log_dirs(node) {
+        let logs = std::fs::read_dir(&dir).into_iter().flatten().flatten().take(LOGS_LIMIT).map(|e| e.path());
+        candidates.extend(logs.filter(|p| {
+            p.file_name().is_some_and(|n| {
+                let n = n.to_string_lossy();
+                n.starts_with("openclaw") && n.ends_with(".log")
+            })
+        }));
     }
     let stamp = |p: &PathBuf| {
         std::fs::symlink_metadata(p)

@@ -8,8 +8,8 @@ use engine::Class;
 use std::path::{Path, PathBuf};
 use store::Root;
 
-/// State that is made anew by itself: taken by nobody, touched by nobody.
-const TRANSIENT: [&str; 4] = ["cache", "logs", "tmp", "media/inbound-tmp"];
+/// State that is made anew by itself: taken by nobody, and in nobody's way until nothing else explains a failure.
+pub const TRANSIENT: [&str; 4] = ["cache", "logs", "tmp", "media/inbound-tmp"];
 
 /// The roots of a node. A root whose path is missing is listed all the same: that it is missing is the news.
 #[must_use]

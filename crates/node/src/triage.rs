@@ -394,6 +394,8 @@ pub struct Foreign {
     pub uid: u32,
     /// Its mode bits.
     pub mode: u32,
+    /// Nobody may change it, not even root (`chattr +i`, `+a`).
+    pub immutable: bool,
 }
 
 /// The files that the gateway must read and write and that do not let its user: mostly what a `sudo openclaw` has left.
@@ -410,6 +412,7 @@ pub fn foreign(node: &Node) -> Vec<Foreign> {
         paths.push((identity::beside(&node.state_db(), suffix), Class::State));
     }
     for (_, db) in node.agent_dbs() {
+        paths.extend(db.parent().map(|dir| (dir.to_owned(), Class::Sessions)));
         paths.extend(["", "-wal", "-shm"].map(|s| (identity::beside(&db, s), Class::Sessions)));
     }
     let mut wrong = Vec::new();
@@ -426,8 +429,9 @@ pub fn foreign(node: &Node) -> Vec<Foreign> {
             false => 0o6,
         };
         let kept = [4, 2, 1].iter().all(|b| bits & b == 0 || config::may(node, &meta, *b));
-        if !kept && !has_acl(&path) {
-            wrong.push(Foreign { path, class, uid: meta.uid(), mode: meta.mode() & 0o7777 });
+        let immutable = bits & 2 != 0 && host::immutable::is_set(&path);
+        if immutable || !kept && !has_acl(&path) {
+            wrong.push(Foreign { path, class, uid: meta.uid(), mode: meta.mode() & 0o7777, immutable });
         }
     }
     wrong
@@ -447,8 +451,10 @@ fn ownership(node: &Node, findings: &mut Vec<Finding>) {
     let wrong = foreign(node);
     if let Some(first) = wrong.first() {
         let what = format!("{} may not use files of its own node", node.user);
-        let lines =
-            wrong.iter().map(|w| format!("{} belongs to {}, mode {:o}", w.path.display(), w.uid, w.mode));
+        let lines = wrong.iter().map(|w| {
+            let fixed = if w.immutable { ", immutable" } else { "" };
+            format!("{} belongs to {}, mode {:o}{fixed}", w.path.display(), w.uid, w.mode)
+        });
         findings.push(with(finding(FaultKind::Permission, Some(first.class), what), lines));
     }
     if read_only(&node.state_dir) {

@@ -474,6 +474,30 @@ fn refresh(layout: &Layout, reference: &RootRef, mut refreshed: Vec<Entry>) -> R
     Ok(())
 }
 
+/// What vouches for the tree of one root vouches from now on for that of another, which it was moved to.
+pub(crate) fn vouch_as(layout: &Layout, from: &str, to: &str) -> Result<()> {
+    let (from, to) = (layout.index_path(from), layout.index_path(to));
+    let mut moved = TreeReader::index(&from, &layout.key)?;
+    let publish =
+        |tmp: &std::path::Path| files::rename(tmp, &to).context(|| format!("publishing {}", to.display()));
+    let Ok(mut old) = TreeReader::index(&to, &layout.key) else { return publish(&from) };
+    // Only the stamps change, so that it still repeats the manifest that it repeated.
+    let mut new = TreeWriter::index(layout.tmp_file()?, &layout.key, seal::new_id()?, old.basis)?;
+    while let Some(mut entry) = old.next()? {
+        while moved.peek()?.is_some_and(|m| compare_paths(&m.path, &entry.path) == Ordering::Less) {
+            moved.next()?;
+        }
+        if let Some(m) = moved.peek()?
+            && (Entry { live: entry.live, ..m.clone() }) == entry
+        {
+            entry.live = m.live;
+        }
+        new.push(&entry)?;
+    }
+    let (_, tmp) = new.finish()?;
+    publish(&tmp)
+}
+
 /// Lets the index vouch for these no more: the quick look will read them.
 pub(crate) fn distrust(layout: &Layout, reference: &RootRef, paths: &[Vec<u8>]) -> Result<()> {
     let path = layout.index_path(&reference.root.name);

@@ -248,6 +248,7 @@ fn round(
     for work in works {
         layout.prove_tree(&work.reference)?;
     }
+    done.freed += works.iter().map(free).sum::<u64>();
     let objects = Objects::load(&layout.packs(), &layout.key)?;
     let now = works.iter().map(|w| &w.reference).chain(&head.trees).cloned().collect();
     let elsewhere = Elsewhere::new(layout, now, &plan.spares, deadline);
@@ -289,13 +290,39 @@ fn round(
     done.dirs += stage.dirs;
     done.links += stage.links;
     done.whole_roots.append(&mut stage.whole);
-    done.from_spare.append(&mut stage.from_spare);
+    let swapped_in = std::mem::take(&mut stage.from_spare);
     for root in &staged {
         place(root, &mut quarantine, done)?;
     }
+    for name in &swapped_in {
+        // Without it the next look reads the whole tree, before the gateway may start.
+        let _ = compare::vouch_as(layout, &spare_name(name), name);
+    }
+    done.from_spare.extend(swapped_in);
     done.quarantined += quarantine.moved;
     quarantine.sync()?;
     Ok(staged.iter().any(|s| !s.steps.is_empty()))
+}
+
+/// Makes changeable again what is to be changed and was made immutable (`chattr +i`): it is damaged or in the way, and not
+/// even root could put it right. How many there were.
+fn free(work: &Work) -> u64 {
+    if !rustix::process::geteuid().is_root() {
+        return 0;
+    }
+    let Ok(Some(base)) = open_root(&work.reference) else { return 0 };
+    let mut freed = 0;
+    let mut seen: Option<&[u8]> = None;
+    for (path, _) in &work.ops {
+        let Ok((dir, name)) = base.parent_of(path) else { continue };
+        let parent = &path[..path.iter().rposition(|b| *b == b'/').unwrap_or(0)];
+        if seen != Some(parent) || path.is_empty() {
+            seen = Some(parent);
+            freed += u64::from(host::immutable::lift(dir.as_fd(), b"."));
+        }
+        freed += u64::from(host::immutable::lift(dir.as_fd(), &name));
+    }
+    freed
 }
 
 /// What the names of our unfinished pieces begin with: ours, and of this store.
@@ -678,9 +705,13 @@ fn own_name(layout: &Layout) -> Result<Vec<u8>> {
     Ok([&own_prefix(layout)[..], b"-", hex::encode(&random).as_bytes()].concat())
 }
 
+fn spare_name(root: &str) -> String {
+    format!("spare of {root}")
+}
+
 pub(crate) fn spare_reference(reference: &RootRef, path: &Path) -> RootRef {
     let mut spare = reference.clone();
-    spare.root.name = format!("spare of {}", reference.root.name);
+    spare.root.name = spare_name(&reference.root.name);
     spare.root.path = path.to_owned();
     spare
 }

@@ -1,6 +1,14 @@
 //! Daily operation: looks at the disk, snapshots, settling, tidying, delivering. One background job at a time, all of
 //! them contained, all of them ended when an incident needs the machine.
 
+mod backups;
+mod looks;
+
+pub(super) use looks::{LOOK_LIMIT, pressed};
+
+use backups::{stale_every_ms, with_state};
+use looks::{SWEEP_MOST_MS, may_look};
+
 use super::runner::Running;
 use super::{Agent, notices, runner};
 use crate::agent::copies::Known;
@@ -16,28 +24,8 @@ use node::users::Stamp;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime};
 
-/// The sweep's period at best.
-const SWEEP_LEAST_MS: f64 = 30_000.0;
-/// And at worst.
-const SWEEP_MOST_MS: f64 = 900_000.0;
-/// The period is at least this many times the CPU of the last sweep: with what starting and ending a step costs, about
-/// 0.15 % of one core.
-const SWEEP_CPU_SHARE: f64 = 800.0;
-/// And at least this many times its wall time: 0.5 % of the time in I/O on a slow disk.
-const SWEEP_WALL_SHARE: f64 = 200.0;
-/// Under more pressure than this (PSI some avg10, percent) the sweep waits.
-const PRESSURE_LIMIT_PERCENT: f32 = 20.0;
-/// But no longer than this: a machine that is always pressed (a nightly job that never ends, a dying disk) needs its
-/// backups more than any other.
-const PRESSURE_MOST_MS: u64 = 600_000;
-/// How old the copies are is looked at this often at most.
-const STALE_EVERY_MS: u64 = 600_000;
 /// And not before a new agent has had the time for its first look.
 const STALE_FIRST_MS: u64 = 60_000;
-/// A state snapshot's period is at least this many times its cost.
-const STATE_COST_SHARE: f64 = 100.0;
-/// A file that somebody still edits is looked at again after this.
-const LOOK_AGAIN_MS: u64 = 10_000;
 /// A refused candidate's wait doubles this often at most: over eight hours.
 const MOST_DOUBLINGS: u32 = 9;
 /// After a failed job.
@@ -47,16 +35,16 @@ const CONTACTS_RETRY_MS: u64 = 600_000;
 /// Messages that no channel took are tried again at the latest after this.
 const DELIVER_MOST_MS: u64 = 900_000;
 
-/// Of a look that a decision waits for. Even a thorough one at a warm program takes a second; a stuck disk is not waited
-/// for.
-pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(20);
-
 /// Limits of the jobs.
 const EXAMINE_LIMIT: Duration = Duration::from_secs(120);
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(900);
 const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 const SCRUB_LIMIT: Duration = Duration::from_secs(120);
 const TIDY_LIMIT: Duration = Duration::from_secs(900);
+/// Removing a spare of 38,000 files takes seconds on a slow disk.
+pub(super) const ROOM_LIMIT: Duration = Duration::from_secs(20);
+/// What gave its room has none to give a minute later.
+const ROOM_AGAIN_MS: u64 = 900_000;
 /// A pass ends by itself after 15 s; what hangs beyond that in the kernel is killed.
 const DELIVER_LIMIT: Duration = Duration::from_secs(20);
 const BEAT_LIMIT: Duration = Duration::from_secs(20);
@@ -75,6 +63,7 @@ enum Job {
     Settle,
     Scrub,
     Tidy,
+    Room,
     Contacts,
 }
 
@@ -92,6 +81,10 @@ pub struct Daily {
     snapshot_at: Option<(Moment, Vec<Class>, String)>,
     settle_at: Option<Moment>,
     tidy_at: Option<Moment>,
+    /// The disk is full under a node that serves.
+    room_at: Option<Moment>,
+    /// Until then what could be had of it was had.
+    room_again: Option<Moment>,
     scrub_at: Option<Moment>,
     deliver_at: Option<Moment>,
     state_at: Moment,
@@ -134,6 +127,8 @@ impl Daily {
             snapshot_at: None,
             settle_at: None,
             tidy_at: None,
+            room_at: None,
+            room_again: None,
             scrub_at: None,
             deliver_at: Some(now),
             state_at: now,
@@ -209,6 +204,7 @@ impl Daily {
             due.extend(self.snapshot_at.as_ref().map(|(at, _, _)| *at));
             due.extend(self.settle_at);
             due.extend(self.tidy_at);
+            due.extend(self.room_at);
             due.extend(self.scrub_at);
             due.extend(self.contacts_at);
             due.extend((!self.state_wanted).then_some(self.state_at));
@@ -257,6 +253,8 @@ impl Daily {
                 Job::Settle => self.settle_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Scrub => self.scrub_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Tidy => self.tidy_at = Some(now.plus_ms(RETRY_MS)),
+                // A climb makes room by itself.
+                Job::Room => {}
                 Job::Contacts => self.contacts_at = Some(now.plus_ms(RETRY_MS)),
             }
         }
@@ -268,56 +266,6 @@ impl Daily {
             let _ = running.kill();
         }
     }
-}
-
-fn stale_every_ms(stale_after_s: u64) -> u64 {
-    /// However short a limit is asked for.
-    const LEAST_MS: u64 = 500;
-    (stale_after_s.saturating_mul(1000) / 4).clamp(LEAST_MS, STALE_EVERY_MS)
-}
-
-/// Whether a look that is due may be taken: on a machine that is not pressed, or that has been for as long as it is waited
-/// for. `since` is when the waiting began.
-fn may_look(pressed: bool, since: &mut Option<Moment>, now: Moment) -> bool {
-    let began = *since.get_or_insert(now);
-    let may = !pressed || now.since_ms(began).is_none_or(|ms| ms >= PRESSURE_MOST_MS);
-    if may {
-        *since = None;
-    }
-    may
-}
-
-/// The classes of which these findings leave no doubt that what lies there is worth keeping. A damaged program is no
-/// reason to take no copy of what its user writes: it is the very moment for one.
-fn beyond_doubt(findings: &[Finding]) -> Vec<Class> {
-    let mut classes = Class::ALL.to_vec();
-    for finding in findings {
-        match finding.kind {
-            FaultKind::ConfigBroken => classes.retain(|c| *c != Class::Config),
-            FaultKind::RootMissing
-            | FaultKind::DatabaseCorrupt
-            | FaultKind::Amnesia
-            | FaultKind::SchemaNewer => match finding.class {
-                Some(one @ (Class::Workspace | Class::Credentials)) => classes.retain(|c| *c != one),
-                Some(one) if one.converges() => classes.retain(|c| !c.converges()),
-                // Databases of two moments would not fit each other, and what lies beside them may be as young.
-                Some(_) | None => classes.retain(|c| c.converges() || *c == Class::Config),
-            },
-            FaultKind::FilesDamaged | FaultKind::RuntimeUnfit | FaultKind::UpdateAtWork => {
-                classes.retain(|c| !c.converges());
-            }
-            FaultKind::ProcessGone
-            | FaultKind::Hung
-            | FaultKind::ServiceLatched
-            | FaultKind::PortTaken
-            | FaultKind::Permission
-            | FaultKind::DiskFull
-            | FaultKind::OwnersWill
-            | FaultKind::BackupStale
-            | FaultKind::Notice => {}
-        }
-    }
-    classes
 }
 
 fn past(now: Moment, at: Moment) -> bool {
@@ -486,6 +434,7 @@ impl Agent {
             }
             Job::Scrub => "looking at every byte",
             Job::Tidy => "tidying the store",
+            Job::Room => "making room on a full disk",
             Job::Contacts => {
                 // What was known before stands, and the node does not depend on it.
                 self.daily.contacts_at = Some(now.plus_ms(CONTACTS_RETRY_MS));
@@ -497,55 +446,6 @@ impl Agent {
         self.daily.trouble = Some(format!("{name}: {why}"));
     }
 
-    /// What a look at the disk of a serving node leads to.
-    fn examined(&mut self, now: Moment, exam: Examination) {
-        let period = (exam.cpu_ms * SWEEP_CPU_SHARE).max(exam.wall_ms * SWEEP_WALL_SHARE).max(SWEEP_LEAST_MS);
-        self.daily.examine_by(now.plus_ms(period.min(SWEEP_MOST_MS) as u64));
-        // Told once: what a tidy could not take it would not take a minute later either.
-        let known = self.exam.as_ref().map_or(0, |before| before.leftovers);
-        if exam.leftovers > known && self.daily.tidy_at.is_none() {
-            self.daily.tidy_at = Some(now.plus_ms(RETRY_MS));
-        }
-        let need = exam.need;
-        let findings = exam.findings.clone();
-        if let Some(why) = notices::short_of_space(&findings, exam.low.as_deref())
-            && self.notices.tell(alert::Notice::DiskLow, now)
-        {
-            self.notice(alert::Notice::DiskLow, &why);
-        }
-        self.keep(exam, Care::Quick);
-        let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving());
-        match need {
-            Need::Nothing => {}
-            Need::Later => self.daily.examine_by(now.plus_ms(LOOK_AGAIN_MS)),
-            Need::InPlace | Need::Interruption => {
-                let kind = if need == Need::InPlace { IncidentKind::Latent } else { IncidentKind::Damage };
-                if serving {
-                    self.damaged(kind, findings);
-                }
-            }
-        }
-        if serving {
-            self.backups(now);
-        }
-    }
-
-    /// Keeps a look, and for good what the program said of the config: it is asked once about each.
-    fn keep(&mut self, exam: Examination, care: Care) {
-        if let Some(checked) = exam.checked.clone()
-            && !self.judge.baseline().checked.contains(&checked)
-        {
-            self.judge.config_checked(checked);
-            self.save_baseline();
-        }
-        // A look that left the store alone knows of no copies; that is no news of them.
-        if !exam.store_hangs && self.daily.known.learn(&exam.ages_s, clock::wall().as_second()) {
-            self.keep_known();
-        }
-        self.exam = Some(exam);
-        self.exam_taken = Some((clock::now(), care));
-    }
-
     pub(super) fn keep_known(&self) {
         if let Err(e) = self.daily.known.save(&self.places) {
             self.say(&e.to_string());
@@ -555,135 +455,6 @@ impl Agent {
     fn save_baseline(&self) {
         if let Err(e) = patient::set_baseline(&self.places, self.judge.baseline()) {
             self.say(&e.to_string());
-        }
-    }
-
-    fn damaged(&mut self, kind: IncidentKind, findings: Vec<Finding>) {
-        let wanted: Vec<Finding> = findings
-            .into_iter()
-            .filter(|f| !matches!(f.kind, FaultKind::Notice | FaultKind::BackupStale))
-            .collect();
-        let cause = match kind {
-            IncidentKind::Latent => "damage on disk that the next start would not survive",
-            IncidentKind::Damage | IncidentKind::Outage => {
-                "damage that cannot be repaired while the gateway runs"
-            }
-        }
-        .to_owned();
-        if self.hands_off().is_some() {
-            if !self.told_left_alone {
-                self.told_left_alone = true;
-                self.open(kind, cause, wanted);
-            }
-            return;
-        }
-        match kind {
-            IncidentKind::Latent => self.open(kind, cause, wanted),
-            IncidentKind::Damage | IncidentKind::Outage => self.open_or_escalate_with(kind, cause, wanted),
-        }
-    }
-
-    /// Decides what of the backups of daily operation is due. Called when the node serves and its disk was looked at: what
-    /// was found there says of which classes a copy is worth taking.
-    fn backups(&mut self, now: Moment) {
-        let Some(exam) = &self.exam else {
-            return;
-        };
-        if self.daily.snapshot_at.is_some() || self.daily.settle_at.is_some() {
-            return;
-        }
-        let config_now = stamp(std::slice::from_ref(&self.node.config_path));
-        let state_now = exam.users;
-        if exam.store_hangs {
-            return;
-        }
-        // What was taken first may have lacked the program, because that was in doubt then.
-        let no_program = !exam.ages_s.contains_key(&Class::Program) && self.is_whole();
-        let (first, version) = (exam.snapshot.is_none() || no_program, exam.version.clone());
-        let (whole, takeable) = (self.is_whole(), self.takeable(now));
-        let config_changed = self.daily.config_seen.is_some_and(|seen| seen != config_now);
-        let (now_s, limit_s) = (clock::wall().as_second(), self.config.backup.stale_after_s);
-        if first && !takeable.is_empty() {
-            self.daily.snapshot_at = Some((now, Vec::new(), "the first".into()));
-        } else if whole
-            && version.is_some()
-            && version != self.node.package_version()
-            && self.runs_what_lies_there(now)
-        {
-            self.daily.snapshot_at = Some((now, Vec::new(), "a new version serves".into()));
-        } else if config_changed && takeable.contains(&Class::Config) {
-            self.daily.snapshot_at = Some((now, vec![Class::Config], "the config was changed".into()));
-        } else if takeable.contains(&Class::State) && self.state_due(now, state_now) {
-            let classes =
-                vec![Class::Config, Class::Credentials, Class::State, Class::Sessions, Class::Workspace];
-            self.daily.snapshot_at = Some((now, classes, "daily operation".into()));
-        } else if self.daily.known.wants_another(&takeable, limit_s, now_s) {
-            // Unchanged classes are carried over for nothing; a look proves that they are unchanged.
-            self.daily.snapshot_at = Some((now, Vec::new(), "the last good one grows old".into()));
-        } else if whole {
-            self.daily.settled = true;
-        }
-        if self.daily.config_seen.is_some_and(|seen| seen != config_now) {
-            self.daily.contacts_at = Some(now);
-        }
-        self.daily.config_seen = Some(config_now);
-        if let Some((_, classes, _)) = &self.daily.snapshot_at {
-            if with_state(classes) {
-                // From before the copy: what is written while it is taken is the next one's.
-                self.daily.state_taking = state_now;
-            }
-            self.daily.settled = false;
-        }
-    }
-
-    /// Whether state is due and was written since it was last taken. An agent that has not taken any yet does not know
-    /// what was written before it lived: it takes a copy.
-    fn state_due(&mut self, now: Moment, state_now: Option<Stamp>) -> bool {
-        // A look that did not look there decides nothing: the next one does.
-        let Some(stamp) = state_now.filter(|_| past(now, self.daily.state_at)) else {
-            return false;
-        };
-        self.daily.state_wanted = false;
-        let most_ms = self.config.backup.state_every_most_s.saturating_mul(1000);
-        if !state_changed(self.daily.state_seen, stamp, now, most_ms) {
-            self.daily.state_at = now.plus_ms(self.config.backup.state_every_least_s.saturating_mul(1000));
-            return false;
-        }
-        true
-    }
-
-    /// When state may be taken again: at least a hundred times its last cost later.
-    fn state_next(&mut self, now: Moment) {
-        let backup = &self.config.backup;
-        let by_cost = (self.daily.state_cost_ms * STATE_COST_SHARE) as u64;
-        let least_ms = backup.state_every_least_s.saturating_mul(1000);
-        let most_ms = backup.state_every_most_s.saturating_mul(1000).max(least_ms);
-        let wait_ms = by_cost.clamp(least_ms, most_ms);
-        self.daily.state_at = now.plus_ms(wait_ms);
-        self.daily.state_wanted = false;
-        if let Some(stamp) = self.daily.state_taking.take() {
-            self.daily.state_seen = Some((stamp, now));
-        }
-    }
-
-    /// No good snapshot for too long is told, once a day: on a timer of its own and from what is remembered, because
-    /// whatever keeps snapshots from being taken (damage that lasts, a machine that is always pressed, looks that fail) must
-    /// not keep that from being known.
-    fn stale(&mut self, now: Moment) {
-        let limit_s = self.config.backup.stale_after_s;
-        if !past(now, self.daily.stale_at) {
-            return;
-        }
-        self.daily.stale_at = now.plus_ms(stale_every_ms(limit_s));
-        let Some(why) = self.daily.known.stale(limit_s, clock::wall().as_second()) else {
-            self.daily.stale_told = None;
-            return;
-        };
-        let told =
-            self.daily.stale_told.and_then(|at| now.since_ms(at)).is_some_and(|ms| ms < limit_s * 1000);
-        if !told {
-            self.daily.stale_told = Some(now);
-            self.notice(alert::Notice::BackupStale, &why);
         }
     }
 
@@ -709,7 +480,11 @@ impl Agent {
             return;
         }
         let serving = self.judgement.as_ref().is_some_and(|j| j.verdict.is_serving() && j.confirmed);
-        let (job, work, limit) = if let Some((classes, note)) = self.snapshot_due(now, serving) {
+        let (job, work, limit) = if self.daily.room_at.is_some_and(|at| past(now, at)) {
+            self.daily.room_at = None;
+            self.daily.room_again = Some(now.plus_ms(ROOM_AGAIN_MS));
+            (Job::Room, Work::Room { reserve: false }, ROOM_LIMIT)
+        } else if let Some((classes, note)) = self.snapshot_due(now, serving) {
             self.daily.snapshot_at = None;
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)
         } else if self.daily.settle_at.is_some_and(|at| serving && past(now, at))
@@ -752,6 +527,7 @@ impl Agent {
             Job::Settle => "job-settle",
             Job::Scrub => "job-scrub",
             Job::Tidy => "job-tidy",
+            Job::Room => "job-room",
             Job::Contacts => "job-contacts",
         };
         let baseline = self.judge.baseline().clone();
@@ -781,113 +557,6 @@ impl Agent {
         quiet
     }
 
-    /// Whether the gateway that serves now has done so for the settling time since the snapshot was taken.
-    fn served_for_settling(&self) -> bool {
-        self.settling.served_ms() >= self.config.backup.settle_s.saturating_mul(1000)
-    }
-
-    /// The snapshot that is due now, with the classes of it that may be taken. One of which nothing may be taken waits.
-    fn snapshot_due(&mut self, now: Moment, serving: bool) -> Option<(Vec<Class>, String)> {
-        let (_, classes, note) =
-            self.daily.snapshot_at.clone().filter(|(at, _, _)| serving && past(now, *at))?;
-        let takeable = self.takeable(now);
-        let wanted = if classes.is_empty() { Class::ALL.to_vec() } else { classes.clone() };
-        let taken: Vec<Class> = wanted.into_iter().filter(|c| takeable.contains(c)).collect();
-        if taken.is_empty() {
-            self.daily.snapshot_at = Some((now.plus_ms(RETRY_MS), classes, note));
-            return None;
-        }
-        Some((taken, note))
-    }
-
-    /// Whether the last look found nothing wrong, nothing unknown, and no incident is about anything else.
-    fn is_whole(&self) -> bool {
-        self.book.state().incident.is_none()
-            && self.exam.as_ref().is_some_and(|e| e.need == Need::Nothing && e.unknown.is_none())
-    }
-
-    /// The classes of which a copy may be taken now. A program that lies there and never ran is not taken where an older
-    /// snapshot still holds the one that did; one that is damaged is not, and what is damaged of the user's is not.
-    fn takeable(&self, now: Moment) -> Vec<Class> {
-        let Some(exam) = &self.exam else {
-            return Class::ALL.to_vec();
-        };
-        let mut classes = Class::ALL.to_vec();
-        if exam.snapshot.is_some() && !self.runs_what_lies_there(now) {
-            classes.retain(|c| !matches!(c, Class::Program | Class::Runtime));
-        }
-        if !self.daily.by_hand && !self.is_whole() {
-            let sound = beyond_doubt(&exam.findings);
-            classes.retain(|c| !c.converges() && sound.contains(c));
-        }
-        classes
-    }
-
-    /// Whether the program on disk is the one that serves: unchanged since the gateway was started, or the very one
-    /// that is trusted already. A version that was only installed has proven nothing.
-    fn runs_what_lies_there(&self, now: Moment) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        /// `/proc/PID/stat` counts in hundredths of a second since boot.
-        const MS_PER_TICK: u64 = 10;
-        let trusted = self.exam.as_ref().is_some_and(|e| {
-            e.need == Need::Nothing && e.version.is_some() && e.version == self.node.package_version()
-        });
-        let Some(gateway) = self.gateway.as_ref().map(host::process::PidFd::id) else {
-            return false;
-        };
-        let runs_ms = now.ms.saturating_sub(gateway.start_ticks.saturating_mul(MS_PER_TICK));
-        let wall_s = clock::wall().as_second();
-        let older = |path: &std::path::Path| {
-            std::fs::metadata(path)
-                .is_ok_and(|m| u64::try_from(wall_s - m.ctime()).unwrap_or(0).saturating_mul(1000) >= runs_ms)
-        };
-        trusted
-            || [&self.node.package_dir.join("package.json"), &self.node.entry, &self.node.node_bin]
-                .iter()
-                .all(|p| older(p))
-    }
-
-    /// The baseline of a node that was just confirmed to serve, unless something about it is off: then the old one
-    /// stands, because it is what the node is measured by.
-    fn take_baseline(&mut self, now: Moment) {
-        /// Reading the identity takes milliseconds.
-        const LIMIT: Duration = Duration::from_secs(3);
-        if !self.daily.baseline_at.is_some_and(|at| past(now, at)) {
-            return;
-        }
-        if self.book.state().incident.is_some() && !self.daily.accepted {
-            return;
-        }
-        self.daily.baseline_at = None;
-        self.daily.accepted = false;
-        match Baseline::take(&self.node, Vec::new(), now, Deadline::after(LIMIT)) {
-            Ok(mut baseline) => {
-                baseline.checked.clone_from(&self.judge.baseline().checked);
-                let version = baseline.version.clone();
-                if let Some(news) = notices::news(self.judge.baseline(), &baseline) {
-                    let day = clock::wall().strftime("%Y-%m-%d");
-                    let about = format!("baseline-{day}-{}", version.as_deref().unwrap_or_default());
-                    self.notice_of(alert::Notice::NewBaseline, &about, &news);
-                }
-                if let Err(e) = patient::set_baseline(&self.places, &baseline) {
-                    self.say(&e.to_string());
-                }
-                if let Err(e) = layers::install::remember_service(&self.node, &self.places.state_dir) {
-                    self.say(&e.to_string());
-                }
-                self.judge.set_baseline(baseline);
-                if version.is_some() && version != self.node.version {
-                    self.node.version = version;
-                    let _ = patient::remember(&self.places, &self.node);
-                }
-            }
-            Err(e) => {
-                self.say(&format!("no baseline yet: {e}"));
-                self.daily.baseline_at = Some(now.plus_ms(RETRY_MS));
-            }
-        }
-    }
-
     fn delivered(&mut self, now: Moment, answer: Option<Answer>) {
         let delivered = |answer| {
             let Answer::Delivered { accepted, waiting, again_ms } = answer else { return None };
@@ -906,79 +575,6 @@ impl Agent {
                 self.daily.deliver_at = Some(now.plus_ms(RETRY_MS));
             }
         }
-    }
-
-    /// A look at the disk right now, in its own container, for a decision that waits for it.
-    pub(super) fn examine_now(&mut self, care: Care) -> Option<Examination> {
-        self.examine_within(care, LOOK_LIMIT)
-    }
-
-    /// The same with a limit of its own.
-    pub(super) fn examine_within(&mut self, care: Care, limit: Duration) -> Option<Examination> {
-        /// However limits are divided: on a busy machine a process and its look at a healthy disk may take this long.
-        const LEAST: Duration = Duration::from_secs(6);
-        let limit = self.room(limit, LEAST);
-        self.daily.make_way();
-        // A decision is never made on a look from before: without a new one nothing is known.
-        self.exam = None;
-        self.exam_taken = None;
-        let baseline = self.judge.baseline().clone();
-        self.leave_a_hanging_store();
-        // Never the daily look's container: that one may be stuck too. One of a look that would not die is left to itself, and
-        // the next look has another.
-        let name = format!("job-look-{}", self.stuck_looks);
-        let work = Work::Examine { care, users: false };
-        let looked = self.runner.look(&name, work, &self.node, Some(&baseline), limit);
-        if looked.is_err() {
-            self.stuck_looks = self.stuck_looks.saturating_add(1);
-        }
-        let answer = looked.map(|(answer, emptied)| {
-            if let Err(e) = emptied {
-                self.say(&e.to_string());
-                self.stuck_looks = self.stuck_looks.saturating_add(1);
-            }
-            answer
-        });
-        let examined = |a| if let Answer::Examined(exam) = a { Some(*exam) } else { None };
-        match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), examined)) {
-            Ok(exam) => {
-                if exam.store_hangs {
-                    self.store_hangs = self.climb_key();
-                    self.runner.without_store = true;
-                }
-                self.keep(exam.clone(), care);
-                Some(exam)
-            }
-            Err(why) => {
-                self.say(&format!("the disk could not be looked at: {why}"));
-                None
-            }
-        }
-    }
-
-    /// Steps leave a store alone that hung in this climb, and only in this one.
-    pub(super) fn leave_a_hanging_store(&mut self) {
-        self.runner.without_store = self.store_hangs.is_some() && self.store_hangs == self.climb_key();
-    }
-
-    /// The open incident's climb: what hung in one is tried again in the next.
-    pub(super) fn climb_key(&self) -> Option<(u64, u32)> {
-        // The look that an incident begins with is its first climb's.
-        self.book.state().incident.as_ref().map(|incident| (incident.id, incident.climbs.max(1)))
-    }
-
-    /// What one act of the agent itself may take now. Inside a climb it ends before the climb does: its last seconds are
-    /// for killing what is left and for the message. `least` is what it gets however limits are divided.
-    pub(super) fn room(&self, whole: Duration, least: Duration) -> Duration {
-        /// Also at the very end a quick act is tried.
-        const AT_THE_END: Duration = Duration::from_secs(1);
-        let state = self.book.state();
-        let Some(climb) = state.climb() else { return self.config.ladder.limits().span(whole).max(least) };
-        let kill_ms = u64::try_from(runner::KILL_LIMIT.as_millis()).unwrap_or(u64::MAX);
-        let end_ms = climb.limits.of(engine::CLIMB_MS.saturating_sub(engine::ALERT_ACT_MS + kill_ms));
-        let spent_ms = state.time_ms(clock::now()).saturating_sub(climb.began_ms);
-        let left = Duration::from_millis(end_ms.saturating_sub(spent_ms));
-        climb.limits.span(whole).max(least).min(left.max(climb.limits.span(AT_THE_END)))
     }
 
     /// A notice outside the course of an incident: into the outbox, at most one of a kind per day.
@@ -1015,59 +611,9 @@ impl Agent {
     }
 }
 
-pub(super) fn pressed() -> bool {
-    let over = |some: Option<f32>| some.is_some_and(|percent| percent > PRESSURE_LIMIT_PERCENT);
-    over(some_avg10(Resource::Io)) || over(some_avg10(Resource::Memory))
-}
-
-/// Whether a snapshot of these classes (all when none are named) holds the state.
-fn with_state(classes: &[Class]) -> bool {
-    classes.is_empty() || classes.contains(&Class::State)
-}
-
-/// Whether the user's files are others than when state was last taken. Where there are more than were looked at, an
-/// unchanged number proves nothing: then a copy is taken all the same, as rarely as the configuration allows.
-fn state_changed(seen: Option<(Stamp, Moment)>, stamp: Stamp, now: Moment, most_ms: u64) -> bool {
-    seen.is_none_or(|(before, at)| {
-        let long_ago = now.since_ms(at).is_none_or(|ms| ms >= most_ms);
-        before.hash != stamp.hash || !stamp.whole && long_ago
-    })
-}
-
-/// Something that changes whenever one of these files does. Times and sizes are enough: this only decides whether a
-/// snapshot is worth taking.
-fn stamp(paths: &[std::path::PathBuf]) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hash = DefaultHasher::new();
-    for path in paths {
-        match std::fs::metadata(path) {
-            Ok(m) => (m.len(), m.modified().unwrap_or(SystemTime::UNIX_EPOCH)).hash(&mut hash),
-            Err(_) => 0_u8.hash(&mut hash),
-        }
-    }
-    hash.finish()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn state_is_taken_when_it_changed_and_rarely_where_nobody_can_tell() {
-        let at = |ms| Moment { boot: 1, ms };
-        let of = |hash, whole| Stamp { hash, whole };
-        let changed = |seen, stamp, ms| state_changed(seen, stamp, at(ms), 1_000);
-        assert!(changed(None, of(1, true), 0), "an agent that knows of none takes one");
-        let seen = Some((of(1, true), at(0)));
-        assert!(!changed(seen, of(1, true), 1_000_000));
-        assert!(changed(seen, of(2, true), 1));
-        let seen = Some((of(1, false), at(0)));
-        assert!(!changed(seen, of(1, false), 999) && changed(seen, of(1, false), 1_000));
-        assert!(changed(seen, of(2, false), 1));
-        assert!(
-            with_state(&[]) && with_state(&[Class::Config, Class::State]) && !with_state(&[Class::Config])
-        );
-    }
 
     #[test]
     fn a_look_asked_for_while_another_looks_is_not_put_off() {
@@ -1081,43 +627,5 @@ mod tests {
         daily.examine_soon(at(5_000));
         daily.examine_by(at(70_000));
         assert_eq!(daily.examine_at, at(5_000));
-    }
-
-    #[test]
-    fn pressure_puts_a_look_off_and_does_not_keep_it_off() {
-        let at = |ms| Moment { boot: 1, ms };
-        let mut since = None;
-        assert!(may_look(false, &mut since, at(0)) && since.is_none());
-        assert!(!may_look(true, &mut since, at(1_000)));
-        assert!(!may_look(true, &mut since, at(1_000 + PRESSURE_MOST_MS - 1)));
-        assert!(may_look(true, &mut since, at(1_000 + PRESSURE_MOST_MS)));
-        // The next one waits anew, and one that may be taken leaves nothing behind.
-        assert!(!may_look(true, &mut since, at(2_000 + PRESSURE_MOST_MS)));
-        assert!(may_look(false, &mut since, at(3_000 + PRESSURE_MOST_MS)) && since.is_none());
-    }
-
-    #[test]
-    fn a_damaged_program_leaves_no_doubt_about_what_its_user_writes() {
-        let of = |kind, class| {
-            let finding = Finding { kind, class: Some(class), what: String::new(), evidence: Vec::new() };
-            beyond_doubt(&[finding])
-        };
-        let users = [Class::Config, Class::Credentials, Class::State, Class::Sessions, Class::Workspace];
-        for (kind, class) in [
-            (FaultKind::FilesDamaged, Class::Program),
-            (FaultKind::FilesDamaged, Class::Service),
-            (FaultKind::RuntimeUnfit, Class::Runtime),
-            (FaultKind::UpdateAtWork, Class::Program),
-        ] {
-            let left = of(kind, class);
-            assert!(users.iter().all(|c| left.contains(c)) && left.len() == users.len(), "{kind:?} {left:?}");
-        }
-        for kind in [FaultKind::DatabaseCorrupt, FaultKind::Amnesia, FaultKind::SchemaNewer] {
-            let left = of(kind, Class::State);
-            assert!(!left.contains(&Class::State) && !left.contains(&Class::Sessions), "{kind:?} {left:?}");
-        }
-        assert!(!of(FaultKind::ConfigBroken, Class::Config).contains(&Class::Config));
-        let left = of(FaultKind::RootMissing, Class::Workspace);
-        assert!(!left.contains(&Class::Workspace) && left.contains(&Class::State));
     }
 }

@@ -1,11 +1,12 @@
 //! An incident's way: the engine says what to do, this does it and writes down what came of it.
 
 use super::book::Written;
-use super::daily::LOOK_LIMIT;
+use super::daily::{LOOK_LIMIT, ROOM_LIMIT};
 use super::{Agent, MANAGER_LIMIT};
 use crate::config::Mode;
 use crate::patient::{self, Service};
 use crate::reinstall::{self, Seen};
+use crate::room;
 use crate::step::{Answer, Work};
 use crate::sudo;
 use engine::{
@@ -139,6 +140,9 @@ impl Agent {
             return;
         };
         self.first_good = None;
+        if room::give_reserve(&self.node, &self.places) {
+            self.say("the disk is full to the last byte: the reserve that was laid by is given");
+        }
         self.write(record);
         self.doing = Doing::Nothing;
         if self.hands_off().is_none() {
@@ -183,7 +187,7 @@ impl Agent {
             return;
         }
         self.see_it_end();
-        if let Some(exam) = self.examine_now(Care::Down) {
+        if let Some(exam) = self.look_for_climb() {
             let update =
                 exam.findings.iter().find(|f| f.kind == FaultKind::UpdateAtWork).map(|f| f.what.clone());
             self.noticed(exam.findings);
@@ -194,6 +198,32 @@ impl Agent {
                 self.update_waited.get_or_insert(clock::now());
             }
         }
+    }
+
+    /// The look at the disk that a climb begins with. A full one is given room first: no layer works on it, and no start.
+    fn look_for_climb(&mut self) -> Option<Examination> {
+        const ROOM_LEAST: Duration = Duration::from_secs(3);
+        let exam = self.examine_now(Care::Down)?;
+        if !exam.findings.iter().any(|f| f.kind == FaultKind::DiskFull) {
+            return Some(exam);
+        }
+        let limit = self.room(ROOM_LIMIT, ROOM_LEAST);
+        let answer = self.runner.run("job-room-now", Work::Room { reserve: true }, &self.node, None, limit);
+        let tidied = |a| if let Answer::Tidied { done } = a { Some(done) } else { None };
+        let done = match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), tidied)) {
+            Ok(done) if done.is_empty() => vec!["there was nothing that could go".to_owned()],
+            Ok(done) => done,
+            Err(why) => vec![format!("it could not be made: {why}")],
+        };
+        let mut findings = exam.findings.clone();
+        findings.push(Finding {
+            kind: FaultKind::Notice,
+            class: None,
+            what: format!("room was made on a full disk: {}", done.join("; ")),
+            evidence: Vec::new(),
+        });
+        self.noticed(findings);
+        self.examine_now(Care::Down).or(Some(exam))
     }
 
     /// Whether the judge's patience with the update at work is over: it knows of it and says all the same that the node
@@ -464,7 +494,8 @@ impl Agent {
         let hung = self.exam.as_ref().is_some_and(|e| e.store_hangs) && self.store_hangs != self.climb_key();
         if begins && written && (hung || self.fresh_exam().is_none()) {
             let latent = self.book.state().incident.as_ref().is_some_and(|i| i.kind == IncidentKind::Latent);
-            if let Some(exam) = self.examine_now(if latent { Care::Quick } else { Care::Down }) {
+            let looked = if latent { self.examine_now(Care::Quick) } else { self.look_for_climb() };
+            if let Some(exam) = looked {
                 self.noticed(exam.findings);
             }
         }
@@ -1022,9 +1053,9 @@ fn rungs(exam: Option<&Examination>, incident: Option<IncidentKind>, agent: &Age
     rungs
 }
 
-/// What needs no snapshot: root gives files back to their user.
+/// What needs no snapshot: files are given back to their user.
 fn given_back(finding: &Finding) -> bool {
-    finding.kind == FaultKind::Permission && rustix::process::geteuid().is_root()
+    finding.kind == FaultKind::Permission
 }
 
 /// What no snapshot can put right: somebody else holds the port, or the disk is full.

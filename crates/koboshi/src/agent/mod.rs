@@ -7,6 +7,8 @@
 pub mod book;
 mod copies;
 mod daily;
+mod files;
+mod gateway;
 mod home;
 pub(crate) mod incident;
 mod notices;
@@ -24,6 +26,8 @@ pub mod will;
 use crate::agent::book::Book;
 use crate::agent::copies::Known;
 use crate::agent::daily::Daily;
+use crate::agent::files::UsersTrees;
+use crate::agent::gateway::down_by_will;
 use crate::agent::incident::Doing;
 use crate::agent::notices::Notices;
 use crate::agent::prober::Prober;
@@ -494,191 +498,6 @@ impl Agent {
 
     // ---- what happens ----
 
-    /// Holds a descriptor on the gateway's process, so that its end is known at once.
-    fn follow_gateway(&mut self) {
-        let id = self.service.main().or_else(|| self.node.gateway());
-        let followed = self.gateway.as_ref().map(PidFd::id);
-        if id.is_some() && id != followed {
-            if let Some(id) = id {
-                self.service.adopt(id);
-                self.gateway = id.open().ok();
-                self.count_start(id);
-            }
-        } else if self.gateway.as_ref().is_some_and(PidFd::exited) {
-            self.gateway = None;
-        }
-        match &self.gateway {
-            None => self.death_watch = None,
-            Some(gateway) => {
-                let id = gateway.id();
-                // Only a gateway of our own: of another's, the service manager must first say whose end this is.
-                if self.service.embedded() && self.death_watch.as_ref().is_none_or(|w| w.process() != id) {
-                    self.death_watch = DeathWatch::of(id);
-                }
-            }
-        }
-    }
-
-    /// Whether the journal knows of a start from which this process can have come.
-    fn on_the_books(&self, id: ProcessId, now: Moment) -> bool {
-        /// `/proc/PID/stat` counts in hundredths of a second since boot.
-        const MS_PER_TICK: u64 = 10;
-        /// From the record of a start to its process; systemd may take its time.
-        const BETWEEN_MS: u64 = 5_000;
-        let state = self.book.state();
-        let born_ms = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK));
-        let t = state.time_ms(now);
-        state
-            .starts_ms
-            .iter()
-            .map(|start| t.saturating_sub(*start))
-            .any(|ago_ms| ago_ms + 1_000 >= born_ms && ago_ms <= born_ms.saturating_add(BETWEEN_MS))
-    }
-
-    /// A start that somebody else made counts in the ration too: OpenClaw does not ask who started it.
-    fn count_start(&mut self, id: ProcessId) {
-        /// A process this old at first sight was not started under our eyes.
-        const YOUNG_MS: u64 = 30_000;
-        /// `/proc/PID/stat` counts in hundredths of a second since boot.
-        const MS_PER_TICK: u64 = 10;
-        let now = clock::now();
-        // Asked for by this agent, or by one that died before it saw the process.
-        let ours = self.asked_start.take().is_some() || self.on_the_books(id, now);
-        let young = now.ms.saturating_sub(id.start_ticks.saturating_mul(MS_PER_TICK)) < YOUNG_MS;
-        let new = self.counted != Some(id);
-        if new && !ours && young {
-            self.write(Record::new(now, Event::StartSeen { by: "somebody else".to_owned() }));
-        }
-        self.counted = Some(id);
-        if new && !ours {
-            self.keep_stopped();
-        }
-    }
-
-    /// The gateway's process has lost its memory and will have ended in a moment. Nobody but koboshi stops a gateway
-    /// of koboshi's own, so nothing is to be waited for.
-    fn gateway_dying(&mut self) {
-        let Some(watch) = self.death_watch.take() else {
-            return;
-        };
-        // Not dying: the thread ended by itself. Another one is watched from the next look on.
-        let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
-        if climbing || self.will.stopped || self.ending || !watch.dying() {
-            return;
-        }
-        self.forget_the_process();
-        self.ending_unexplained = true;
-        self.open_or_escalate(IncidentKind::Outage, "the gateway ended".to_owned());
-    }
-
-    /// An incident that was opened while the gateway was dying waits for its end before anything is looked at: until then
-    /// it holds its port and its databases, and nobody may look into it to see whose they are.
-    fn see_it_end(&mut self) {
-        /// A kernel that takes back gigabytes takes some seconds. A process that hangs in it is seen by the judge.
-        const END_LIMIT: Duration = Duration::from_secs(10);
-        if !std::mem::take(&mut self.ending_unexplained) {
-            return;
-        }
-        let ended = self.gateway.as_ref().is_none_or(|gateway| gateway.wait(Deadline::after(END_LIMIT)));
-        let what = if ended {
-            how_it_ended(&self.service.look(Deadline::after(MANAGER_LIMIT)))
-        } else {
-            format!("the kernel has not ended it after {} s", END_LIMIT.as_secs())
-        };
-        self.noticed(vec![Finding { kind: FaultKind::ProcessGone, class: None, what, evidence: Vec::new() }]);
-    }
-
-    /// What was said of a process that is gone is not published any longer.
-    fn forget_the_process(&mut self) {
-        self.serving_since = None;
-        self.judgement = None;
-        self.next_look = clock::now();
-    }
-
-    /// The gateway's process has ended: known within milliseconds, and judged by who ended it.
-    fn gateway_exited(&mut self) {
-        self.gateway = None;
-        self.death_watch = None;
-        self.ending_unexplained = false;
-        self.forget_the_process();
-        let climbing = self.book.state().climb().is_some_and(|climb| !climb.in_place);
-        if climbing || self.home.at_work() || self.will.stopped || self.ending {
-            return;
-        }
-        let deadline = Deadline::after(MANAGER_LIMIT);
-        let state = self.service.look(deadline);
-        if !self.service.embedded() {
-            if state.active == Active::Deactivating || state.active == Active::Inactive {
-                // A stop or the first half of a restart: known in a moment.
-                self.unit_stopped = Some(clock::now());
-                return;
-            }
-            if state.in_motion() {
-                // systemd starts it again by itself; only damage that would make that fail is put right first.
-                self.say("the gateway ended; systemd is about to start it again");
-                if !self.before_the_next_try() {
-                    self.exam_due = Some(clock::now());
-                }
-                return;
-            }
-        }
-        self.open_or_escalate(IncidentKind::Outage, format!("the gateway ended: {}", how_it_ended(&state)));
-    }
-
-    /// A unit that was on its way down: stopped for good, restarted, or failed?
-    fn follow_stopping_unit(&mut self) {
-        let Some(since) = self.unit_stopped else {
-            return;
-        };
-        let now = clock::now();
-        let state = self.service.look(Deadline::after(MANAGER_LIMIT));
-        match state.active {
-            Active::Deactivating => self.unit_stopped = Some(now),
-            Active::Inactive if now.since_ms(since).is_some_and(|ms| ms < STOPPED_FOR_GOOD_MS) => {}
-            Active::Inactive => {
-                self.unit_stopped = None;
-                self.bare_stopped(down_by_will(&state));
-            }
-            Active::Failed => {
-                self.unit_stopped = None;
-                self.open_or_escalate(IncidentKind::Outage, "the unit failed as it ended".to_owned());
-            }
-            Active::Active | Active::Activating | Active::AutoRestart | Active::Unknown => {
-                self.unit_stopped = None;
-            }
-        }
-    }
-
-    /// An enabled unit was stopped and nobody said why. Once it is started again, after a while; then it is obeyed.
-    fn bare_stopped(&mut self, disabled: bool) {
-        let now = clock::now();
-        if disabled {
-            self.leave_alone("its unit is disabled or masked");
-            return;
-        }
-        self.bare_stops.retain(|at| now.since_ms(*at).is_some_and(|ms| ms < BARE_STOP_AGAIN_MS));
-        if self.bare_stops.is_empty() {
-            self.say(&format!("the unit was stopped; it is started again in {} s", BARE_STOP_MS / 1000));
-            self.bare_stops.push(now);
-            self.bare_stop = Some(now);
-        } else {
-            self.will.stopped = true;
-            self.will.by_stops = true;
-            if let Err(e) = self.will.save(&self.places) {
-                self.say(&e.to_string());
-            }
-            self.leave_alone("its unit was stopped twice within the hour");
-        }
-    }
-
-    fn leave_alone(&mut self, why: &str) {
-        if !self.told_left_alone {
-            self.told_left_alone = true;
-            self.say(&format!("left alone: {why}"));
-            self.notice(alert::Notice::StoppedByOwner, why);
-        }
-    }
-
     fn take_probe(&mut self) {
         let Some(look) = self.prober.take() else {
             return;
@@ -807,69 +626,6 @@ impl Agent {
         }
         self.told_left_alone = self.hands_off().is_some();
         self.open(IncidentKind::Outage, why, findings);
-    }
-
-    fn take_files(&mut self) {
-        let events = self.watch.drain().unwrap_or_default();
-        if events.is_empty() {
-            return;
-        }
-        let now = clock::now();
-        self.ordered |= events.iter().any(|e| e.key == "orders");
-        if events.iter().any(|e| e.key == "will") {
-            self.read_will();
-        }
-        // A database is written all the time; only that it came or went is news.
-        let news = |e: &host::watch::Event| match e.key.as_str() {
-            "will" | "orders" => false,
-            "state" => matches!(e.kind, Change::Appeared | Change::Vanished | Change::Lost),
-            _ => true,
-        };
-        // Also when something came: a tree that was brought back may be emptied again.
-        let emptied = events.iter().any(|e| e.key == "users") && self.users.emptied();
-        let rested = self.exam_taken.map_or(now, |(at, _)| at.plus_ms(USERS_AGAIN_MS));
-        self.exam_due =
-            exam_due(self.exam_due, now, events.iter().any(|e| e.key != "users" && news(e)), emptied, rested);
-    }
-
-    fn read_will(&mut self) {
-        match Will::load(&self.places) {
-            Ok(will) => {
-                if will != self.will {
-                    self.say(&format!("the owner's will is now {}", describe_will(&will)));
-                    self.will = will;
-                    self.told_left_alone = false;
-                }
-            }
-            Err(e) => self.say(&e.to_string()),
-        }
-    }
-
-    /// Watches what a start would need, and what people write to us.
-    fn watch_files(&mut self) {
-        let node = &self.node;
-        let mut paths = vec![
-            ("config", node.config_path.clone()),
-            ("state", node.state_dir.join("state")),
-            ("program", node.package_dir.clone()),
-            ("program", node.package_dir.join("dist")),
-            ("program", node.entry.clone()),
-            ("program", node.package_dir.join("package.json")),
-            ("runtime", node.node_bin.clone()),
-            ("will", self.places.will()),
-            ("orders", self.places.orders()),
-        ];
-        if let Some(unit) = &node.unit {
-            paths.extend(unit.files.iter().map(|f| ("unit", f.clone())));
-        }
-        // Trees of the user's, whose sudden emptiness nothing else tells before the next sweep.
-        self.users = UsersTrees::of(node);
-        paths.extend(self.users.roots.iter().map(|(root, _)| ("users", root.clone())));
-        for (key, path) in paths {
-            if let Err(e) = self.watch.add(&path, key) {
-                self.say(&e.to_string());
-            }
-        }
     }
 
     /// A look that has not come back hangs in the kernel (a dead disk or network file system): no deadline of ours
@@ -1019,51 +775,6 @@ impl Agent {
     }
 }
 
-/// The trees of the user's that are watched, and whether each was without a file when it was last looked at.
-#[derive(Debug, Default)]
-struct UsersTrees {
-    roots: Vec<(PathBuf, bool)>,
-}
-
-impl UsersTrees {
-    fn of(node: &Node) -> UsersTrees {
-        let users = [engine::Class::Workspace, engine::Class::Credentials, engine::Class::Sessions];
-        let roots = node::roots::roots(node).into_iter().filter(|root| users.contains(&root.class));
-        let look = |path: PathBuf| {
-            let void = node::roots::is_void(&path);
-            (path, void)
-        };
-        UsersTrees { roots: roots.take(MOST_USERS_ROOTS).map(|root| look(root.path)).collect() }
-    }
-
-    /// Whether one of them has been emptied or taken away since the last look. Files come and go in them all day, and a
-    /// whole look at the disk for each would cost more than all other watches together.
-    fn emptied(&mut self) -> bool {
-        let mut emptied = false;
-        for (path, void) in &mut self.roots {
-            let now = node::roots::is_void(path);
-            emptied |= now && !*void;
-            *void = now;
-        }
-        emptied
-    }
-}
-
-/// When the disk is looked at because of what inotify reported: at once for what a start needs; for the user's trees, in
-/// which agents make and delete files all day, only so often. What is due sooner is never put off by what is due later.
-fn exam_due(
-    before: Option<Moment>,
-    now: Moment,
-    program: bool,
-    users: bool,
-    rested: Moment,
-) -> Option<Moment> {
-    let soon = now.plus_ms(SETTLE_FILES_MS);
-    let later = if rested.boot == now.boot && rested.ms > soon.ms { rested } else { soon };
-    let wanted = [before, program.then_some(soon), users.then_some(later)];
-    wanted.into_iter().flatten().min_by_key(|at| at.ms)
-}
-
 pub(crate) fn strength(strength: &Strength) -> String {
     match strength {
         Strength::CgroupV2 { memory, pids } => format!(
@@ -1075,66 +786,10 @@ pub(crate) fn strength(strength: &Strength) -> String {
     }
 }
 
-fn how_it_ended(state: &host::service::ServiceState) -> String {
-    match (state.exit_status, state.exit_signal) {
-        (_, Some(signal)) => format!("signal {signal} ended it"),
-        (Some(code), None) => format!("it exited with code {code}"),
-        (None, None) => "it is gone".to_owned(),
-    }
-}
-
-/// The owner took the unit down and says so.
-fn down_by_will(state: &host::service::ServiceState) -> bool {
-    (state.masked && !state.held) || state.enabled == Some(false)
-}
-
 fn describe_will(will: &Will) -> String {
     match (will.stopped, will.paused(clock::wall().as_second())) {
         (true, _) => "that the node stays down".to_owned(),
         (false, true) => "hands off for a while".to_owned(),
         (false, false) => "that the node is guarded".to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_that_goes_is_no_news_and_a_tree_that_goes_is() {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = dir.path().join("workspace");
-        let mut users = UsersTrees { roots: vec![(tree.clone(), true)] };
-        assert!(!users.emptied(), "it never was there");
-        std::fs::create_dir(&tree).unwrap();
-        std::fs::write(tree.join("a"), "").unwrap();
-        std::fs::write(tree.join("b"), "").unwrap();
-        assert!(!users.emptied());
-        std::fs::remove_file(tree.join("b")).unwrap();
-        assert!(!users.emptied());
-        std::fs::remove_file(tree.join("a")).unwrap();
-        assert!(users.emptied());
-        assert!(!users.emptied(), "told once");
-        std::fs::write(tree.join("a"), "").unwrap();
-        assert!(!users.emptied());
-        std::fs::remove_dir_all(&tree).unwrap();
-        assert!(users.emptied());
-    }
-
-    #[test]
-    fn a_deleted_program_does_not_wait_for_a_users_file() {
-        let at = |ms| Moment { boot: 1, ms };
-        let now = at(100_000);
-        let rested = at(150_000);
-        // A temporary file of an agent's went: there is time.
-        let due = exam_due(None, now, false, true, rested);
-        assert_eq!(due, Some(at(150_000)));
-        // Then the program goes.
-        assert_eq!(exam_due(due, at(101_000), true, false, rested), Some(at(101_000 + SETTLE_FILES_MS)));
-        // What is due at once stays so.
-        assert_eq!(exam_due(Some(at(100_200)), now, true, true, rested), Some(at(100_200)));
-        // A look long ago is no reason to wait, and nothing happened is no reason to look.
-        assert_eq!(exam_due(None, now, false, true, at(5_000)), Some(at(100_000 + SETTLE_FILES_MS)));
-        assert_eq!(exam_due(None, now, false, false, rested), None);
     }
 }

@@ -28,10 +28,10 @@ const SSH_LIMIT: Duration = Duration::from_secs(30);
 const MAX_ANSWER_BYTES: u64 = 100;
 
 /// Does what was asked for.
-pub(super) fn run(desk: &Desk, what: &Fleet) -> Result<Exit> {
+pub(super) fn run(desk: &Desk, what: Option<&Fleet>) -> Result<Exit> {
     match what {
-        Fleet::Status => status(desk),
-        Fleet::Enroll(options) => enroll(desk, options),
+        None | Some(Fleet::Status) => status(desk),
+        Some(Fleet::Enroll(options)) => enroll(desk, options),
     }
 }
 

@@ -18,10 +18,10 @@ pub(super) struct One {
 }
 
 /// Lists or shows.
-pub(super) fn run(desk: &Desk, what: &Incidents) -> Result<Exit> {
+pub(super) fn run(desk: &Desk, what: Option<&Incidents>) -> Result<Exit> {
     match what {
-        Incidents::List => list(desk),
-        Incidents::Show { id } => show(desk, id),
+        None | Some(Incidents::List) => list(desk),
+        Some(Incidents::Show { id }) => show(desk, id),
     }
 }
 

@@ -24,14 +24,14 @@ const ORDER_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// Does one of them.
-pub(super) fn run(desk: &Desk, what: &Snapshot) -> Result<Exit> {
+pub(super) fn run(desk: &Desk, what: Option<&Snapshot>) -> Result<Exit> {
     match what {
-        Snapshot::Create { note } => create(desk, note),
-        Snapshot::List => list(desk),
-        Snapshot::Show { id } => show(desk, id),
-        Snapshot::Verify { id } => verify(desk, id.as_deref()),
-        Snapshot::Restore { id, to, classes } => restore(desk, id, to, classes),
-        Snapshot::Prune { limit } => prune(desk, *limit),
+        Some(Snapshot::Create { note }) => create(desk, note),
+        None | Some(Snapshot::List) => list(desk),
+        Some(Snapshot::Show { id }) => show(desk, id),
+        Some(Snapshot::Verify { id }) => verify(desk, id.as_deref()),
+        Some(Snapshot::Restore { id, to, classes }) => restore(desk, id, to, classes),
+        Some(Snapshot::Prune { limit }) => prune(desk, *limit),
     }
 }
 

@@ -7,7 +7,7 @@ use super::desk::{Desk, Fields};
 use super::unit;
 use crate::cli::{Cli, Uninstall};
 use crate::print::{Exit, Printer, bytes};
-use crate::{patient, spare};
+use crate::{patient, room, spare};
 use host::clock::Deadline;
 use host::process::ProcessId;
 use host::service::Manager;
@@ -80,6 +80,9 @@ pub(super) fn run(cli: &Cli, options: &Uninstall, printer: Printer) -> Result<Ex
             p.note(format!("if koboshi holds the unit down, a reboot ends that: {e}"));
         }
     }
+    if let Some(node) = &node {
+        room::remove_reserve(node, &desk.places);
+    }
     if let Some(node) = node.as_ref().filter(|_| options.purge) {
         spare::remove(node)?;
     }
@@ -98,7 +101,7 @@ pub(super) fn run(cli: &Cli, options: &Uninstall, printer: Printer) -> Result<Ex
 /// What koboshi wrote and what goes now, as far as it is there.
 fn goes(desk: &Desk, purge: bool) -> Vec<PathBuf> {
     let places = &desk.places;
-    let mut all = vec![places.config_file.clone()];
+    let mut all = vec![places.config_file.clone(), places.reserve()];
     all.extend(run_files(&places.run_dir));
     if purge {
         all.extend([

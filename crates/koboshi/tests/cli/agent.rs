@@ -441,3 +441,40 @@ fn what_the_user_writes_is_taken_and_trusted_although_the_program_is_damaged() {
     assert!(std::fs::read(fake.package().join("dist/entry.js")).unwrap().len() > 3_000);
     assert!(fake.state().join("workspace/later.md").exists());
 }
+
+#[test]
+fn a_program_that_was_damaged_at_the_first_copy_is_taken_once_it_is_whole() {
+    let fake = Fake::new();
+    fake.configure("[backup]\nstate_every_least_s = 1\nstate_every_most_s = 2\nsettle_s = 1\n");
+    fake.start_gateway();
+    let entry = fake.package().join("dist/entry.js");
+    let whole = std::fs::read(&entry).unwrap();
+    std::fs::write(&entry, "").unwrap();
+    let _agent = Agent::start(&fake);
+    let holds = |s: &Value, class: &str| s["snapshots"]["good_age_s"][class].is_u64();
+    let status = until(&fake, "the user's things trusted", |s| holds(s, "workspace"));
+    assert!(!holds(&status, "program"), "a damaged program is no copy: {status}");
+    // Its owner installs it again, over the gateway that runs.
+    std::fs::write(&entry, whole).unwrap();
+    until(&fake, "the program trusted", |s| holds(s, "program"));
+}
+
+#[test]
+fn how_the_gateway_ended_is_known_before_anything_is_looked_at() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let _agent = Agent::start(&fake);
+    // It is opened while it still dies; what holds its port and its databases then is nobody else's.
+    fake.kill_gateway();
+    let status = until(&fake, "recovered", |s| {
+        s["incidents"][0]["outcome"] == "recovered" && s["verdict"] == "serving"
+    });
+    let id = status["incidents"][0]["id"].to_string();
+    let (object, _) = fake.json(&["incidents", "show", &id]);
+    let lines: Vec<String> =
+        object["incident"]["lines"].as_array().unwrap().iter().map(|l| l["what"].to_string()).collect();
+    let at = |words: &str| lines.iter().position(|l| l.contains(words));
+    assert!(at("signal 9 ended it").is_some() && at("signal 9 ended it") < at("climb 1"), "{lines:#?}");
+    assert!(!lines.iter().any(|l| l.contains("holds port")), "{lines:#?}");
+}

@@ -34,10 +34,15 @@ pub struct Fake {
 
 impl Fake {
     pub fn new() -> Fake {
+        Fake::within(tempfile::tempdir().unwrap())
+    }
+
+    /// In a directory of the test's.
+    pub fn within(dir: TempDir) -> Fake {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let fake = Fake { dir: tempfile::tempdir().unwrap(), name, port };
+        let fake = Fake { dir, name, port };
         fake.lay_out();
         fake
     }

@@ -4,6 +4,7 @@
 
 mod agent;
 mod all;
+mod disk;
 mod emergency;
 mod fake;
 mod gateway;

@@ -136,6 +136,7 @@ fn closed_incidents_are_listed_and_told() {
     std::fs::write(dir.join("00000012.json"), text).unwrap();
     let (object, code) = fake.json(&["incidents", "list"]);
     assert_eq!(code, 0);
+    assert_eq!(fake.json(&["incidents"]), (object.clone(), 0), "without a further word");
     let one = &object["incidents"][0];
     assert_eq!(
         (&one["id"], &one["outcome"], &one["layer"]),

@@ -16,6 +16,7 @@ fn taken_listed_shown_proven_and_brought_back() {
 
     let (object, _) = fake.json(&["snapshot", "list"]);
     assert_eq!(object["snapshots"][0]["note"], "mine");
+    assert_eq!(fake.json(&["snapshot"]).0["snapshots"], object["snapshots"], "without a further word");
     fake.koboshi(&["snapshot", "show", &id]).code(0).says("workspace").says("candidate");
     fake.koboshi(&["snapshot", "show", "1"]).code(0);
     fake.koboshi(&["snapshot", "show", "zzz"]).code(1).says("no such snapshot");

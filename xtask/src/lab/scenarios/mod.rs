@@ -4,6 +4,7 @@ mod install;
 mod parts;
 mod peers;
 mod systemd;
+mod wipe;
 mod worst;
 
 use super::Play;
@@ -60,6 +61,23 @@ pub(crate) const ALL: &[Scenario] = &[
         "the same with every limit divided by ten; out of it when the disk is back",
         worst::tenth,
     ),
+    full(
+        "worst-deaths",
+        "the same at full limits while the agent is killed at random moments",
+        worst::deaths,
+    ),
+    full(
+        "worst-reboot",
+        "the same, the store empty instead of stuck, and the power gone once in the middle",
+        worst::reboot,
+    ),
+    full(
+        "wipe",
+        "program, Node, config, state, credentials and service deleted at once: back from the local store, over a reboot too",
+        wipe::user,
+    ),
+    full("wipe-system", "the same of a root-owned program run by a system unit", wipe::system),
+    full("wipe-unprivileged", "the same where the agent may not write to where Node was", wipe::unprivileged),
     full("user-will", "a bare stop is undone once, a second is obeyed, disable is left alone", systemd::will),
     full("user-latch", "exit 78 and a start limit are cleared after the cause is repaired", systemd::latch),
     ci(
@@ -73,6 +91,7 @@ pub(crate) const ALL: &[Scenario] = &[
         systemd::kill,
     ),
     ci("user-program", "a deleted program tree is restored", systemd::program),
+    full("user-drop-in", "a drop-in that no start survives is set aside", systemd::drop_in),
     full("user-stop", "a gateway stopped by koboshi stays stopped, over a reboot too", systemd::stop),
     ci("system-unit", "the same of a root-owned program run by a system unit", systemd::system),
     ci(

@@ -15,6 +15,8 @@ use crate::lab::registry::Mode;
 use crate::lab::sudo::Broken;
 use crate::lab::{Play, Unit};
 use serde_json::Value;
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const CLAW: Koboshi = Koboshi(Home::Claw);
@@ -42,17 +44,38 @@ const VOICE: Duration = Duration::from_secs(150);
 /// Asked every minute, the next climb a minute after the last, and all the work of it.
 const BACK: Duration = Duration::from_secs(600);
 
+/// Between two deaths of the agent, in milliseconds: less than some steps take, and more than a start of it.
+const DEATHS_MS: std::ops::Range<u64> = 3_000..20_000;
+
+/// What besides happens to the host while everything hangs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Besides {
+    Nothing,
+    /// The agent is killed at random moments until somebody is told.
+    Deaths,
+    /// The power goes once in the middle. The disk of the store would no longer be stuck after it; so it is empty.
+    Reboot,
+}
+
 /// The limits of life. What comes back is the registry: the third layer installs the program anew.
 pub(super) fn whole(play: &mut Play) -> Result<(), String> {
-    hang(play, 1)
+    hang(play, 1, Besides::Nothing)
 }
 
 /// A tenth of them. npm does not fit into that; what comes back is the disk, and layer 1 puts one file back.
 pub(super) fn tenth(play: &mut Play) -> Result<(), String> {
-    hang(play, 10)
+    hang(play, 10, Besides::Nothing)
 }
 
-fn hang(play: &mut Play, divisor: u32) -> Result<(), String> {
+pub(super) fn deaths(play: &mut Play) -> Result<(), String> {
+    hang(play, 1, Besides::Deaths)
+}
+
+pub(super) fn reboot(play: &mut Play) -> Result<(), String> {
+    hang(play, 1, Besides::Reboot)
+}
+
+fn hang(play: &mut Play, divisor: u32, besides: Besides) -> Result<(), String> {
     let mut host = play.unbooted("n1", Template::User)?;
     let peer = play.plain("n2")?;
     // The store's disk is there before koboshi is: as an administrator would mount one.
@@ -86,7 +109,7 @@ fn hang(play: &mut Play, divisor: u32) -> Result<(), String> {
     }
     settled?;
     let before = Before::take(&host)?;
-    let result = all_at_once(play, &host, &peer, &before, divisor);
+    let result = all_at_once(play, &mut host, &peer, &before, divisor, besides);
     if result.is_err() || play.count.failed > 0 {
         play.remember(&host);
     }
@@ -95,10 +118,11 @@ fn hang(play: &mut Play, divisor: u32) -> Result<(), String> {
 
 fn all_at_once(
     play: &mut Play,
-    host: &Host,
+    host: &mut Host,
     peer: &Host,
     before: &Before,
     divisor: u32,
+    besides: Besides,
 ) -> Result<(), String> {
     let by = f64::from(divisor);
     let whole = divisor == 1;
@@ -107,18 +131,37 @@ fn all_at_once(
     play.registry()?.set(Mode::Hang);
     play.registry()?.asked();
     peer.freeze(true)?;
-    let stuck = host.stick(STORE, &format!("{STORE}/packs"))?;
+    let stuck = match besides {
+        Besides::Nothing | Besides::Deaths => Some(host.stick(STORE, &format!("{STORE}/packs"))?),
+        Besides::Reboot => {
+            host.must(&format!("find {STORE} -type f -exec truncate -s 0 {{}} +"))?;
+            None
+        }
+    };
     let pid = host.unit(Unit::User, "MainPID")?;
     host.must(&format!("rm {}/dist/index.js; kill -9 {pid}", Unit::User.package()))?;
 
     let limit = Duration::from_secs_f64(CLIMB_MS / by / 1_000.0) + NOTICED;
-    let told = play.sink()?.wait_for("/emergency", limit);
+    if besides == Besides::Reboot {
+        let began = CLAW.wait(host, NOTICED, "an incident", |s| s["incident"]["id"].is_u64())?;
+        until_line(host, &began, "system-install: work begins", NOTICED)?;
+        host.crash()?;
+        host.boot()?;
+    }
+    let told = if besides == Besides::Deaths {
+        let (told, deaths) = while_dying(host, || play.sink()?.wait_for("/emergency", limit));
+        play.claim(deaths > 1, "the agent was killed again and again", || deaths.to_string());
+        play.say(&format!("the agent died {deaths} times"));
+        told
+    } else {
+        play.sink()?.wait_for("/emergency", limit)
+    };
     play.expect(told, "the lab's receiver has accepted an emergency");
     let entered =
         CLAW.wait(host, NOTICED, "an emergency on record as sent", |s| s["incident"]["emergency"] == true)?;
     let lines = told_lines(host, &entered)?;
     in_time(play, &lines, by);
-    every_turn(play, &lines, by);
+    every_turn(play, &lines, by, besides);
     let asked = play.registry()?.asked();
     play.claim(!asked.is_empty(), "the registry was asked", || format!("{asked:?}"));
     nothing_left(play, host)?;
@@ -126,12 +169,14 @@ fn all_at_once(
 
     // What was never missed cannot come back: the agent asks them all, and says who is silent.
     let silent = said(host, "do not answer", NOTICED)?;
-    let all = ["registry", "store", "peers"].iter().all(|name| silent.contains(name));
+    // An agent that has not itself seen them hang asks them when it comes to try them.
+    let names: &[&str] = if besides == Besides::Nothing { &["registry", "store", "peers"] } else { &[] };
+    let all = names.iter().all(|name| silent.contains(name));
     play.claim(all, "the agent knows who is silent", || silent.clone());
     // The disk is let go in any case at the end; which of the two comes back first is what differs.
     let stuck = if whole {
         play.registry()?.set(Mode::Good);
-        Some(stuck)
+        stuck
     } else {
         drop(stuck);
         None
@@ -147,6 +192,42 @@ fn all_at_once(
     drop(stuck);
     peer.freeze(false)?;
     Broken::StuckPam.mend(host)
+}
+
+/// Kills the agent at random moments until `wait` is over; what that says, and how many times.
+fn while_dying<T>(host: &Host, wait: impl FnOnce() -> T) -> (T, u32) {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            let mut deaths = 0;
+            while !over.load(Ordering::Relaxed) {
+                let random = std::hash::RandomState::new().hash_one(deaths);
+                let pause = DEATHS_MS.start + random % (DEATHS_MS.end - DEATHS_MS.start);
+                std::thread::sleep(Duration::from_millis(pause));
+                let kill = "systemctl --user kill --kill-whom=main --signal=KILL koboshi.service";
+                deaths += u32::from(!over.load(Ordering::Relaxed) && host.claw(kill).is_ok_and(|o| o.ok()));
+            }
+            deaths
+        });
+        let result = wait();
+        over.store(true, Ordering::Relaxed);
+        (result, killer.join().unwrap_or(0))
+    })
+}
+
+/// Waits for a line of the open incident.
+fn until_line(host: &Host, status: &Value, words: &str, limit: Duration) -> Result<(), String> {
+    let started = Instant::now();
+    loop {
+        let lines = lines(host, status)?;
+        if at(&lines, words).is_some() {
+            return Ok(());
+        }
+        if started.elapsed() > limit {
+            return Err(format!("never \"{words}\": {lines:?}"));
+        }
+        std::thread::sleep(Duration::from_millis(250));
+    }
 }
 
 /// The line of the agent's log that holds these words.
@@ -207,7 +288,7 @@ fn in_time(play: &mut Play, lines: &[(f64, String)], by: f64) {
 }
 
 /// Each layer had its turn, in order, and no work got more than its most.
-fn every_turn(play: &mut Play, lines: &[(f64, String)], by: f64) {
+fn every_turn(play: &mut Play, lines: &[(f64, String)], by: f64, besides: Besides) {
     let mut last = -1.0;
     for (layer, most_ms) in MOST_MS {
         let begins = at(lines, &format!("{layer}: work begins"));
@@ -220,13 +301,17 @@ fn every_turn(play: &mut Play, lines: &[(f64, String)], by: f64) {
             || format!("{lines:?}"),
         );
         last = turn.unwrap_or(last);
-        let Some(begins) = begins else { continue };
+        // A step that ended with its agent has no record of its own end.
+        let Some(begins) = begins.filter(|_| besides == Besides::Nothing) else { continue };
         let ended = lines.iter().find(|(at, what)| *at >= begins && what.starts_with("step "));
         let took = ended.map(|(ended, _)| ended - begins);
         let limit = most_ms / by + SLACK_MS;
         play.claim(took.is_some_and(|took| took <= limit), &format!("{layer} ended within its most"), || {
             format!("{took:?} of {limit} ms")
         });
+    }
+    if besides != Besides::Nothing {
+        return;
     }
     let hung = |layer: &str, words: &str| {
         lines.iter().any(|(_, what)| what.starts_with(layer) && what.contains(words))

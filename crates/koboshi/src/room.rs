@@ -1,0 +1,162 @@
+//! Room on a full disk. OpenClaw does not start on one, and nobody is there to make some: so koboshi keeps a reserve, and
+//! gives it and everything else that costs nobody anything before a climb tries its layers.
+//!
+//! In this order, and only as much as is wanted: the spare, what was put aside of the program, caches and logs of the node,
+//! older snapshots, the reserve. Nothing of the user's is ever touched.
+
+use crate::config::Config;
+use crate::places::Places;
+use crate::{spare, step};
+use host::clock::Deadline;
+use host::{Context, Result, files};
+use node::Node;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Enough for a start, its databases' logs and some hours of logging.
+const RESERVE_BYTES: u64 = 64 << 20;
+/// Less than this is no disk to start on: OpenClaw itself needs some 16 MB.
+const TIGHT_BYTES: u64 = 32 << 20;
+/// What is to be free afterwards, if it can be had.
+const WANTED_BYTES: u64 = 256 << 20;
+/// A disk on which the reserve would be more than this part of what is free has no room for one.
+const RESERVE_SHARE: u64 = 8;
+/// Where not even koboshi's own journal can be written.
+const NOTHING_BYTES: u64 = 1 << 20;
+
+/// Where the reserve lies: on the file system of the node's state, in a directory of koboshi's own.
+fn reserve(node: &Node, places: &Places) -> Option<PathBuf> {
+    let wanted = device(&node.state_dir)?;
+    let candidates = [places.reserve(), node.prefix.join("lib/.koboshi-reserve")];
+    candidates
+        .into_iter()
+        .find(|path| path.parent().is_some_and(Path::is_dir) && device(path) == Some(wanted))
+}
+
+/// The file system of a path, or of its nearest directory that is there.
+fn device(path: &Path) -> Option<u64> {
+    path.ancestors().find_map(|p| std::fs::metadata(p).ok()).map(|m| m.dev())
+}
+
+fn free_bytes(path: &Path, node: &Node) -> u64 {
+    // What cannot be asked is not full.
+    files::free(path).map_or(u64::MAX, |space| space.for_user(node.ids.uid))
+}
+
+/// Lays the reserve by where there is room for it. One line when it is new.
+pub fn keep_reserve(node: &Node, places: &Places) -> Result<Option<String>> {
+    let Some(path) = reserve(node, places) else { return Ok(None) };
+    let there = path.symlink_metadata().map_or(0, |m| m.len());
+    if there >= RESERVE_BYTES || files::free(&path)?.user_bytes / RESERVE_SHARE < RESERVE_BYTES {
+        return Ok(None);
+    }
+    let what = || format!("lay a reserve by in {}", path.display());
+    let _ = std::fs::remove_file(&path);
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path).context(what)?;
+    let laid = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
+    if let Err(e) = laid {
+        // Half of one would be taken for a whole one; a file system without the call (ZFS) has none.
+        let _ = std::fs::remove_file(&path);
+        return if e == rustix::io::Errno::OPNOTSUPP { Ok(None) } else { Err(e).context(what) };
+    }
+    Ok(Some(format!("a reserve of {} MB is laid by for a full disk", RESERVE_BYTES >> 20)))
+}
+
+/// Removes it.
+pub fn remove_reserve(node: &Node, places: &Places) {
+    for path in [places.reserve(), node.prefix.join("lib/.koboshi-reserve")] {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Gives the reserve where nothing at all can be written any more, not even what would make room. Whether it was there.
+pub fn give_reserve(node: &Node, places: &Places) -> bool {
+    let full = [&places.state_dir, &places.run_dir]
+        .into_iter()
+        .any(|dir| files::free(dir).is_ok_and(|space| space.free_bytes < NOTHING_BYTES));
+    full && reserve(node, places).is_some_and(|path| std::fs::remove_file(path).is_ok())
+}
+
+/// Makes room on each file system that the node needs and that has none. One line for each thing that went.
+/// The reserve is for a node that is down.
+pub fn make(
+    node: &Node,
+    config: &Config,
+    places: &Places,
+    with_reserve: bool,
+    deadline: Deadline,
+) -> Vec<String> {
+    let mut done = Vec::new();
+    let mut seen = Vec::new();
+    for place in [&node.state_dir, &node.package_dir, &PathBuf::from("/tmp"), &places.state_dir] {
+        let at = device(place);
+        if seen.contains(&at) || free_bytes(place, node) >= TIGHT_BYTES {
+            continue;
+        }
+        seen.push(at);
+        for (what, path, give) in sources(node, config, places, with_reserve, deadline) {
+            let before = free_bytes(place, node);
+            if before >= WANTED_BYTES || deadline.passed() {
+                break;
+            }
+            if device(&path) != at {
+                continue;
+            }
+            let given = give();
+            let freed = free_bytes(place, node).saturating_sub(before);
+            match given {
+                Ok(()) if freed == 0 => {}
+                Ok(()) => done.push(format!("{what} gave {} KB of room", freed >> 10)),
+                Err(e) => done.push(format!("{what}: {e}")),
+            }
+        }
+    }
+    done
+}
+
+type Source<'a> = (String, PathBuf, Box<dyn Fn() -> Result<()> + 'a>);
+
+fn sources<'a>(
+    node: &'a Node,
+    config: &'a Config,
+    places: &'a Places,
+    with_reserve: bool,
+    deadline: Deadline,
+) -> Vec<Source<'a>> {
+    let mut all: Vec<Source<'a>> = vec![
+        ("the spare".into(), node.prefix.join("lib"), Box::new(|| spare::remove(node))),
+        (
+            "what was put aside of the program".into(),
+            places.quarantine(),
+            Box::new(move || {
+                let Some(store) = step::open_store(places)? else { return Ok(()) };
+                let days = config.store.quarantine_days;
+                store::trim_quarantine(&places.quarantine(), &store, 0, days, deadline).map(drop)
+            }),
+        ),
+    ];
+    all.extend(layers::room::spares(node).into_iter().map(|spare| {
+        let (what, path) = (format!("{} in {}", spare.what, spare.path.display()), spare.path.clone());
+        let give: Box<dyn Fn() -> Result<()>> = Box::new(move || layers::room::free(node, &spare));
+        (what, path, give)
+    }));
+    all.push((
+        "older snapshots".into(),
+        places.store(),
+        Box::new(move || match step::open_store(places)? {
+            Some(store) => store.prune(0, deadline).map(drop),
+            None => Ok(()),
+        }),
+    ));
+    all.extend(reserve(node, places).filter(|_| with_reserve).map(|path| -> Source<'a> {
+        let file = path.clone();
+        let give = move || match std::fs::remove_file(&file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(e).context(|| format!("remove {}", file.display()))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        };
+        ("the reserve".into(), path, Box::new(give))
+    }));
+    all
+}

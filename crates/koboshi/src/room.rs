@@ -15,14 +15,16 @@ use std::path::{Path, PathBuf};
 
 /// Enough for a start, its databases' logs and some hours of logging.
 const RESERVE_BYTES: u64 = 64 << 20;
-/// Less than this is no disk to start on: OpenClaw itself needs some 16 MB.
-const TIGHT_BYTES: u64 = 32 << 20;
+/// Less than this is no disk to start on.
+const TIGHT_BYTES: u64 = 48 << 20;
 /// What is to be free afterwards, if it can be had.
 const WANTED_BYTES: u64 = 256 << 20;
 /// A disk on which the reserve would be more than this part of what is free has no room for one.
 const RESERVE_SHARE: u64 = 8;
-/// Where not even koboshi's own journal can be written.
-const NOTHING_BYTES: u64 = 1 << 20;
+/// Where a write may fail although so much is said to be free: ext4 keeps 16 MB of clusters for itself.
+const DOUBTFUL_BYTES: u64 = 32 << 20;
+/// What the step that makes room needs to be asked, and the journal to say so.
+const PROBE_BYTES: usize = 256 << 10;
 
 /// Where the reserve lies: on the file system of the node's state, in a directory of koboshi's own.
 fn reserve(node: &Node, places: &Places) -> Option<PathBuf> {
@@ -71,10 +73,15 @@ pub fn remove_reserve(node: &Node, places: &Places) {
 
 /// Gives the reserve where nothing at all can be written any more, not even what would make room. Whether it was there.
 pub fn give_reserve(node: &Node, places: &Places) -> bool {
-    let full = [&places.state_dir, &places.run_dir]
-        .into_iter()
-        .any(|dir| files::free(dir).is_ok_and(|space| space.free_bytes < NOTHING_BYTES));
-    full && reserve(node, places).is_some_and(|path| std::fs::remove_file(path).is_ok())
+    let doubtful = |dir: &&PathBuf| files::free(dir).is_ok_and(|space| space.free_bytes < DOUBTFUL_BYTES);
+    let full = |dir: &PathBuf| {
+        let probe = dir.join("room-probe");
+        let written = std::fs::write(&probe, vec![0; PROBE_BYTES]);
+        let _ = std::fs::remove_file(&probe);
+        written.is_err_and(|e| e.kind() == std::io::ErrorKind::StorageFull)
+    };
+    [&places.state_dir, &places.run_dir].into_iter().filter(doubtful).any(full)
+        && reserve(node, places).is_some_and(|path| std::fs::remove_file(path).is_ok())
 }
 
 /// Makes room on each file system that the node needs and that has none. One line for each thing that went.

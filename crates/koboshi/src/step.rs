@@ -607,8 +607,9 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     let unknown = Baseline::default();
     let looked =
         node::triage::examine(node, baseline.unwrap_or(&unknown), node::triage::Depth::Quick, deadline);
-    // What is sick now and was carried over from a trusted snapshot is not what this one holds of it.
-    let held = |f: &&Finding| unfit_to_trust(f) && !f.class.is_some_and(|class| carried(&class));
+    // What is sick now is not what this one holds of it, where that was carried over from a trusted snapshot or left out.
+    let elsewhere = |class: Class| carried(&class) || !newest.classes.contains_key(&class);
+    let held = |f: &&Finding| unfit_to_trust(f) && !f.class.is_some_and(elsewhere);
     if let Some(sick) = looked.findings.iter().find(held) {
         let why = format!("it holds what the next start would not survive: {}", sick.what);
         return Ok(Answer::Settled { id: None, why: Some(why), config: None });

@@ -27,7 +27,7 @@ pub enum Depth {
 }
 
 /// Less than this free is a full disk: SQLite and the log need room to work at all.
-const DISK_FULL_BYTES: u64 = 16 << 20;
+const DISK_FULL_BYTES: u64 = 24 << 20;
 /// Fewer inodes than this is a full disk too.
 const INODES_FEW: u64 = 64;
 /// The end of the log that may hold the last words.

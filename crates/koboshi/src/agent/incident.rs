@@ -140,10 +140,13 @@ impl Agent {
             return;
         };
         self.first_good = None;
-        if room::give_reserve(&self.node, &self.places) {
-            self.say("the disk is full to the last byte: the reserve that was laid by is given");
-        }
+        // Not even this record could be written else, nor a step be asked to make room.
+        let given = room::give_reserve(&self.node, &self.places);
         self.write(record);
+        if given {
+            let what = "room was made on a full disk: the reserve was given".to_owned();
+            self.noticed(vec![Finding { kind: FaultKind::Notice, class: None, what, evidence: Vec::new() }]);
+        }
         self.doing = Doing::Nothing;
         if self.hands_off().is_none() {
             self.evidence_for_climb(kind);

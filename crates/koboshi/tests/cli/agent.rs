@@ -461,9 +461,8 @@ fn a_program_that_was_damaged_at_the_first_copy_is_taken_once_it_is_whole() {
 
 #[test]
 fn how_the_gateway_ended_is_known_before_anything_is_looked_at() {
+    // The agent's own child: it is told how that ends.
     let fake = Fake::new();
-    fake.start_gateway();
-    fake.koboshi(&["accept"]).code(0);
     let _agent = Agent::start(&fake);
     // It is opened while it still dies; what holds its port and its databases then is nobody else's.
     fake.kill_gateway();

@@ -98,7 +98,8 @@ fn a_node_on_a_full_disk_is_given_room_and_stands_up_as_root() {
     fake.koboshi(&["incidents", "show", &id]).code(0).says("room");
     assert_eq!(std::fs::read_to_string(&theirs).unwrap(), "a session");
     assert_eq!(std::fs::read_to_string(fake.state().join("workspace/MEMORY.md")).unwrap(), "remember\n");
-    // With room again it is laid by again.
+    // With room again it is laid by again, beside the next good copy.
+    until(&fake, "settled again", |s| s["agent"]["settled"] == true);
     std::fs::remove_file(disk.at.join("filler")).unwrap();
     fake.koboshi(&["snapshot", "create"]).code(0);
     until(&fake, "a new reserve", |_| reserve.exists());

@@ -29,12 +29,78 @@ use store::{Depth, Difference, Plan, Scope, SnapshotInfo, Store};
 /// What the repair itself may take after the stop: layer 1's least work.
 const NEEDS: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// Less time than this is not enough for another turn and the look after it.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(12);
+
 /// Snapshots tried before the layer gives up: each costs a compare.
 const MAX_SNAPSHOTS: usize = 5;
 
 /// The work of layer 1.
+///
+/// Whoever deletes a node does not delete it in one moment: what a repair puts back into a tree that is just being emptied
+/// goes again, and the rest of the node goes after it. So where something was missing it is looked at once more until
+/// nothing new is, and repaired again, while there is time.
 pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool) -> Result<Report> {
+    /// Between two looks: a deletion that goes on has taken something more.
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
     let mut report = Report::default();
+    let mut done = repair_once(bench, findings, hung, wider, &mut report);
+    let mut asked = findings.to_vec();
+    while goes_on(&asked) && bench.deadline.left() > AGAIN {
+        let Some(now) = found_now(bench).filter(|now| *now != asked) else { break };
+        if Choice::of(bench.node, &now).is_empty() {
+            break;
+        }
+        report.did("more of it was deleted meanwhile: once more");
+        std::thread::sleep(PAUSE);
+        // Whatever went during the pause is in it too.
+        asked = found_now(bench).unwrap_or(now);
+        // That nothing more could be put back does not undo what was.
+        done = repair_once(bench, &asked, false, wider, &mut report).or(done);
+    }
+    done.map(|()| report)
+}
+
+/// Whether a deletion may be the cause.
+fn goes_on(findings: &[Finding]) -> bool {
+    let missing = |words: &str| words.contains("missing") || words.ends_with("is gone");
+    findings.iter().any(|f| match f.kind {
+        FaultKind::RootMissing => true,
+        FaultKind::FilesDamaged => missing(&f.what) || f.evidence.iter().any(|e| missing(e)),
+        FaultKind::ProcessGone
+        | FaultKind::Hung
+        | FaultKind::ConfigBroken
+        | FaultKind::DatabaseCorrupt
+        | FaultKind::Amnesia
+        | FaultKind::RuntimeUnfit
+        | FaultKind::ServiceLatched
+        | FaultKind::PortTaken
+        | FaultKind::Permission
+        | FaultKind::DiskFull
+        | FaultKind::SchemaNewer
+        | FaultKind::UpdateAtWork
+        | FaultKind::OwnersWill
+        | FaultKind::BackupStale
+        | FaultKind::Notice => false,
+    })
+}
+
+/// What a look at the disk finds now that this layer may be able to put right.
+fn found_now(bench: &Bench<'_>) -> Option<Vec<Finding>> {
+    let mut exam =
+        crate::examine(bench.node, bench.store, bench.baseline, None, crate::Care::Down, bench.deadline)
+            .ok()?;
+    exam.findings.retain(|f| !matches!(f.kind, FaultKind::Notice | FaultKind::BackupStale));
+    Some(exam.findings)
+}
+
+fn repair_once(
+    bench: &mut Bench<'_>,
+    findings: &[Finding],
+    hung: bool,
+    wider: bool,
+    report: &mut Report,
+) -> Result<()> {
     let mut choice = Choice::of(bench.node, findings);
     // Files of another owner are the whole reason where nothing else is found.
     let foreign = findings.iter().any(|f| f.kind == FaultKind::Permission);
@@ -43,17 +109,17 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     }
     choice.void = void_now(bench, &choice);
     // While the gateway lives, its open descriptors hold the newest bytes of a deleted database.
-    let mut saved = save_open_databases(bench, &choice, &mut report)?;
-    quiet::hold(bench, &mut report);
-    quiet::stop(bench, hung, NEEDS, &mut report)?;
-    if foreign && let Err(e) = owners::give_back(bench, &mut report) {
+    let mut saved = save_open_databases(bench, &choice, report)?;
+    quiet::hold(bench, report);
+    quiet::stop(bench, hung, NEEDS, report)?;
+    if foreign && let Err(e) = owners::give_back(bench, report) {
         // A rescued database and all other damage are still to be dealt with.
         report.could_not(e.to_string());
     }
     saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
     let mut kept = BTreeSet::new();
     for database in saved {
-        put_back(bench, &database, &mut report)?;
+        put_back(bench, &database, report)?;
         // What was just put back is newer than the snapshot's.
         choice.databases.remove(&database.live);
         kept.insert(database.live);
@@ -66,11 +132,19 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
         // Nothing that can be seen is wrong with what the snapshot knows: perhaps with what it does not.
         let set_aside = if choice.thorough {
             let trusted = bench.store.and_then(|s| trusted_newest_first(s).ok()).unwrap_or_default();
-            drop_ins::aside(bench, &trusted, &mut report)? + transient_aside(bench, &mut report)
+            drop_ins::aside(bench, &trusted, report)? + transient_aside(bench, report)
         } else {
             0
         };
-        let done = repair(bench, &choice, &mut report);
+        let no_unit = node::service::unit_is_gone(bench.node);
+        let done = repair(bench, &choice, report);
+        if no_unit && !node::service::unit_is_gone(bench.node) {
+            match node::service::enable_again(bench.node) {
+                Ok(true) => report.did("the unit starts with the machine again"),
+                Ok(false) => {}
+                Err(e) => report.could_not(e.to_string()),
+            }
+        }
         trial::begun(bench, trial)?;
         match done {
             // What was rescued is back; that no snapshot holds the rest keeps nothing from starting by itself.
@@ -78,8 +152,7 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
             done => done?,
         }
     }
-    bench.manager.clear_latch(bench.deadline)?;
-    Ok(report)
+    bench.manager.clear_latch(bench.deadline)
 }
 
 /// Sets aside what the node makes anew by itself (caches, temporary files, its own lock): a torn one, or a file where a

@@ -92,6 +92,26 @@ pub fn restore(node: &Node, remembered: &[Remembered]) -> Result<Vec<String>> {
     Ok(done)
 }
 
+/// Whether the unit's own file is gone, and with it what made it start.
+#[must_use]
+pub fn unit_is_gone(node: &Node) -> bool {
+    node.unit.as_ref().is_some_and(|unit| unit_file(node, unit).symlink_metadata().is_err())
+}
+
+/// Enables the unit whose file was gone and is back, with the rights of whoever it belongs to: what took the file took the
+/// link by which it starts with the machine. Whether it was missing.
+///
+/// # Errors
+/// When the link cannot be made.
+pub fn enable_again(node: &Node) -> Result<bool> {
+    let Some(unit) = &node.unit else { return Ok(false) };
+    let ids = match unit.scope {
+        Scope::User => node.ids,
+        Scope::System => host::run::Ids::current(),
+    };
+    host::user::as_user(ids, || enable(unit, &unit_file(node, unit)))
+}
+
 fn put(path: &Path, text: &str, mode: u32) -> Result<()> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).context(|| format!("make {}", dir.display()))?;

@@ -123,7 +123,7 @@ mod tests {
             serde_json::from_value(serde_json::json!({
                 "id": "1", "number": 1, "taken": "2026-01-02T00:00:00Z", "note": "", "version": null, "roots": roots,
                 "classes": {class: {"taken": "2026-01-02T00:00:00Z", "files": 1, "bytes": 1}}, "trust": "good",
-                "node": null, "baseline": {}, "cost": {}
+                "node": null, "baseline": {}
             }))
             .unwrap()
         };

@@ -316,6 +316,30 @@ fn a_config_that_was_only_suspected_goes_back_when_that_did_not_help() {
 }
 
 #[test]
+fn a_deletion_that_goes_on_is_followed_to_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().canonicalize().unwrap();
+    let (node, program) = damaged_program(&dir);
+    let store = remembered(&dir, &node, &[("1", "a.js", b"aaaa"), ("1", "b.js", b"bbbbbbbb")]);
+    let newest = store.newest_trusted(None).unwrap().unwrap();
+    std::fs::remove_file(program.join("a.js")).unwrap();
+    let mut manager = Nobody;
+    let mut bench = bench(&node, &mut manager, &dir);
+    bench.store = Some(&store);
+    // What the look before the layer had seen is not what is gone by now.
+    let seen = finding(FaultKind::FilesDamaged, Some(Class::Runtime), &["runtime/node: missing"]);
+    let report = work(&mut bench, &[seen], false, false);
+    let whole = store.compare(&newest.id, &[Class::Program], Depth::Hash, bench.deadline).unwrap();
+    assert_eq!(whole, [], "{report:?}");
+    assert!(report.unwrap().done.iter().any(|l| l.contains("once more")));
+    assert!(!goes_on(&[finding(
+        FaultKind::FilesDamaged,
+        Some(Class::Program),
+        &["program/a.js: other bytes"]
+    )]));
+}
+
+#[test]
 fn what_is_made_anew_is_set_aside_where_nothing_else_explains_it() {
     let dir = tempfile::tempdir().unwrap();
     let node = node(dir.path());

@@ -262,20 +262,20 @@ pub(super) fn drop_in(play: &mut Play) -> Result<(), String> {
     on(play, &mut host, |play, host| {
         let dir = "/home/claw/.config/systemd/user/openclaw-gateway.service.d";
         host.claw_must(&format!(
-            "mkdir -p {dir} && printf '[Service]\nEnvironment=NODE_OPTIONS=--max-old-space-size=40\n' > {dir}/50-heap.conf \
+            "mkdir -p {dir} && printf '[Service]\nEnvironment=NODE_OPTIONS=--require=/opt/gone.cjs\n' > {dir}/50-options.conf \
              && systemctl --user daemon-reload"
         ))?;
         host.must(&format!("kill -9 {}", main_pid(host, Unit::User)?))?;
-        before.righted(play, host, "a heap too small", CLIMB)?;
-        let incident = closed(play, ROOT, host, "a heap too small")?;
-        play.claim(incident["layer"] == "restore", "a heap too small: layer restore healed it", || {
+        before.righted(play, host, "an option too many", CLIMB)?;
+        let incident = closed(play, ROOT, host, "an option too many")?;
+        play.claim(incident["layer"] == "restore", "an option too many: layer restore healed it", || {
             incident.to_string()
         });
         let kept = host.must(&format!(
-            "ls {dir} 2>/dev/null | grep -c heap || true; find /var/lib/koboshi/quarantine -name 50-heap.conf | wc -l"
+            "ls {dir} 2>/dev/null | grep -c options || true; find /var/lib/koboshi/quarantine -name 50-options.conf | wc -l"
         ));
         let kept = kept.unwrap_or_default().replace('\n', " ");
-        play.claim(kept == "0 1", "a heap too small: the drop-in is set aside, not lost", || kept.clone());
+        play.claim(kept == "0 1", "an option too many: the drop-in is set aside, not lost", || kept.clone());
         Ok(())
     })
 }

@@ -191,6 +191,7 @@ pub fn weigh(
             // Another version than the remembered one, whole as far as can be seen: its owner's doing until it fails.
             differences.retain(|d| d.class != Class::Program);
         }
+        differences.retain(|d| d.class != Class::Runtime || runs_on(node, trusted, &d.root));
         if let Some(proof) = proof {
             proof.explain(&node.package_dir, &mut differences);
         }
@@ -300,6 +301,17 @@ fn only_what_can_be_mended(
             finding.evidence.push("no good snapshot holds more of it".to_owned());
         }
     }
+}
+
+/// Whether the node runs on the runtime that a root of the snapshot holds. One that was given another runtime does not miss
+/// the old one.
+fn runs_on(node: &Node, trusted: &SnapshotInfo, root: &str) -> bool {
+    let bin = node::roots::resolved(&node.node_bin);
+    trusted
+        .roots
+        .iter()
+        .filter(|r| r.name == root)
+        .any(|r| bin.starts_with(&r.path) || node.node_bin.starts_with(&r.path))
 }
 
 /// Whether a whole program of another version lies there.

@@ -431,15 +431,24 @@ fn age_s(t: std::time::SystemTime) -> Option<u64> {
 /// Hash of everything a start would run with.
 fn inputs(node: &Node, differences: &[Difference]) -> u64 {
     let mut hash = DefaultHasher::new();
-    let mut stat = |path: &std::path::Path| {
+    let stat = |path: &std::path::Path, hash: &mut DefaultHasher| {
         use std::os::unix::fs::MetadataExt;
         match std::fs::metadata(path) {
-            Ok(m) => (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.mode(), m.uid()).hash(&mut hash),
-            Err(e) => e.raw_os_error().hash(&mut hash),
+            Ok(m) => (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.mode(), m.uid()).hash(hash),
+            Err(e) => e.raw_os_error().hash(hash),
         }
     };
     for path in [&node.entry, &node.node_bin, &node.config_path, &node.package_dir.join("package.json")] {
-        stat(path);
+        stat(path, &mut hash);
+    }
+    for path in node::service::start_files(node) {
+        path.hash(&mut hash);
+        stat(&path, &mut hash);
+    }
+    // What is made anew counts by being there: its content moves with every start.
+    for name in node::roots::TRANSIENT {
+        let kind = node.state_dir.join(name).symlink_metadata().map(|m| m.is_dir());
+        kind.ok().hash(&mut hash);
     }
     // The databases' sizes and times move with every start; only their presence and identity count.
     let mut presence = |path: &std::path::Path| {

@@ -92,6 +92,20 @@ pub fn restore(node: &Node, remembered: &[Remembered]) -> Result<Vec<String>> {
     Ok(done)
 }
 
+/// The unit's file and everything in its drop-in directory, as they are now.
+#[must_use]
+pub fn start_files(node: &Node) -> Vec<PathBuf> {
+    /// A unit has few drop-ins.
+    const MOST: usize = 64;
+    let Some(unit) = &node.unit else { return Vec::new() };
+    let mut files = vec![unit_file(node, unit)];
+    let dir = drop_in(node).and_then(|file| file.parent().map(Path::to_owned));
+    let entries = dir.and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+    files.extend(entries.take(MOST).map(|e| e.path()));
+    files.sort();
+    files
+}
+
 /// Whether the unit's own file is gone, and with it what made it start.
 #[must_use]
 pub fn unit_is_gone(node: &Node) -> bool {

@@ -144,7 +144,7 @@ fn all_at_once(
     let limit = Duration::from_secs_f64(CLIMB_MS / by / 1_000.0) + NOTICED;
     if besides == Besides::Reboot {
         let began = CLAW.wait(host, NOTICED, "an incident", |s| s["incident"]["id"].is_u64())?;
-        until_line(host, &began, "system-install: work begins", NOTICED)?;
+        until_line(host, &began, "user-install: work begins", NOTICED)?;
         host.crash()?;
         host.boot()?;
     }

@@ -71,6 +71,11 @@ impl Places {
         self.state_dir.join("reserve")
     }
 
+    /// That a look of a climb's is reading the store.
+    pub fn looking(&self) -> PathBuf {
+        self.run_dir.join("looking")
+    }
+
     /// Sealed snapshots.
     pub fn store(&self) -> PathBuf {
         self.state_dir.join("store")

@@ -17,6 +17,7 @@ use crate::patient;
 use crate::step::{Answer, SCRUB_PORTIONS, Work};
 use engine::{Class, FaultKind, Finding, IncidentKind, Moment};
 use host::clock::{self, Deadline};
+use host::files;
 use host::pressure::{Resource, some_avg10};
 use layers::{Care, Examination, Need};
 use node::Baseline;

@@ -29,6 +29,8 @@ const ASK_AGAIN_MS: u64 = 1_000;
 const PEER_BACK_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 /// A few renames by a process of their own, however limits are divided.
 const ACT_LEAST: std::time::Duration = std::time::Duration::from_secs(3);
+/// The container in which sudo is asked.
+pub(super) const ASK_SUDO: &str = "ask-sudo";
 /// Marks, in the evidence of a finding, what of the user's came back from which snapshot.
 const CAME_BACK: &str = "came back from snapshot ";
 
@@ -730,14 +732,14 @@ impl Agent {
         reinstall::version(&self.node, Some(self.judge.baseline()), snapshot)
     }
 
-    /// Whether sudo would have root install, asked once for each climb, in a container: it may hang.
-    fn ask_sudo(&mut self) {
+    /// Whether sudo would have root install, asked once for each climb by each agent, in a container: it may hang.
+    pub(super) fn ask_sudo(&mut self) {
         if !sudo::needed(&self.node, &self.places) {
             return;
         }
         // Its own patience ends first.
         let limit = sudo::ask_limit(self.config.ladder.limits()) + Duration::from_secs(1);
-        self.sudo = Some(match self.runner.run("ask-sudo", Work::AskSudo, &self.node, None, limit) {
+        self.sudo = Some(match self.runner.run(ASK_SUDO, Work::AskSudo, &self.node, None, limit) {
             Ok(Answer::Failed { why, .. }) => Err(why),
             Ok(_) => Ok(()),
             Err(e) => Err(e.why),

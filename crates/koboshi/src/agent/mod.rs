@@ -303,7 +303,7 @@ impl Agent {
         node::copies::keep_in(self.places.reading());
         // Jobs of daily operation that a dead agent left behind. Steps of the ladder are the engine's to end.
         for name in self.runner.containers.leftovers() {
-            if name.starts_with("job-") || name == responder::CONTAINER {
+            if name.starts_with("job-") || name == responder::CONTAINER || name == incident::ASK_SUDO {
                 let _ = self.runner.containers.kill(&name, Deadline::after(runner::KILL_LIMIT));
             }
         }
@@ -315,6 +315,11 @@ impl Agent {
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();
         let own = self.service.embedded() && self.errand.is_none();
+        if self.book.state().climb().is_some_and(|climb| !climb.in_place) {
+            self.inherit_a_hanging_store();
+            // What the agent before this one was told died with it.
+            self.ask_sudo();
+        }
         if own && idle && !open && !self.home.busy() && self.hands_off().is_none() {
             self.start_embedded("koboshi guard began");
         } else if self.gateway.is_some() {

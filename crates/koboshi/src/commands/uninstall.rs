@@ -155,6 +155,7 @@ fn run_files(dir: &Path) -> Vec<PathBuf> {
         let known = [
             "agent.lock",
             "status.json",
+            "looking",
             "status.new",
             "steps",
             "orders",

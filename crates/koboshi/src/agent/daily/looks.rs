@@ -122,7 +122,9 @@ impl Agent {
         // the next look has another.
         let name = format!("job-look-{}", self.stuck_looks);
         let work = Work::Examine { care, users: false };
+        self.look_begins();
         let looked = self.runner.look(&name, work, &self.node, Some(&baseline), limit);
+        let _ = std::fs::remove_file(self.places.looking());
         if looked.is_err() {
             self.stuck_looks = self.stuck_looks.saturating_add(1);
         }
@@ -147,6 +149,40 @@ impl Agent {
                 self.say(&format!("the disk could not be looked at: {why}"));
                 None
             }
+        }
+    }
+
+    /// Writes down that a look of this climb's reads the store, and how many agents have died over such a one: whoever is
+    /// killed again and again while a stuck disk is waited for would else wait for it again and again.
+    fn look_begins(&mut self) {
+        let Some((incident, climb)) = self.climb_key().filter(|_| !self.runner.without_store) else { return };
+        let lost = self.lost_looks().saturating_add(1);
+        let text = format!("{incident} {climb} {lost}");
+        // Without it a stuck disk costs a little more after a death.
+        let _ = files::write_for_now(&self.places.looking(), text.as_bytes(), 0o600);
+    }
+
+    /// Looks of this climb that ended with their agents.
+    fn lost_looks(&self) -> u32 {
+        /// Three numbers.
+        const LIMIT_BYTES: u64 = 128;
+        let bytes = files::read_bounded(&self.places.looking(), LIMIT_BYTES).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let numbers: Vec<u64> = text.split(' ').filter_map(|n| n.parse().ok()).collect();
+        match (numbers.as_slice(), self.climb_key()) {
+            ([incident, climb, lost], Some(key)) if (*incident, *climb) == (key.0, u64::from(key.1)) => {
+                u32::try_from(*lost).unwrap_or(u32::MAX)
+            }
+            (_, _) => 0,
+        }
+    }
+
+    /// A new agent in the middle of a climb: a store over which two agents have died is one that hangs.
+    pub(in crate::agent) fn inherit_a_hanging_store(&mut self) {
+        const MANY: u32 = 2;
+        if self.lost_looks() >= MANY {
+            self.store_hangs = self.climb_key();
+            self.say("two agents ended while they waited for the store: it is left alone in this climb");
         }
     }
 

@@ -459,8 +459,8 @@ impl Agent {
         let answer = self.runner.run("job-trial", Work::TrialOver { incident: id }, &self.node, None, limit);
         let report = answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), Answer::report));
         let what = match report {
-            Ok(report) => format!("the older config did not help: {}", report.done.join("; ")),
-            Err(why) => format!("the older config did not help, and its trial could not be ended: {why}"),
+            Ok(report) => format!("what was on trial did not help: {}", report.done.join("; ")),
+            Err(why) => format!("what was on trial did not help, and the trial could not be ended: {why}"),
         };
         let finding = Finding {
             kind: FaultKind::Notice,

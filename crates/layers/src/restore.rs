@@ -16,7 +16,7 @@ pub(crate) use rescue::bring_back;
 use crate::{Bench, CameBack, Report, owners, quiet, trial};
 use choice::{is_gone, join};
 use engine::{Class, FaultKind, Finding};
-use host::{Error, Kind, Result};
+use host::{Context, Error, Kind, Result};
 use node::Baseline;
 use node::gates::{self, Gate};
 use node::roots::resolved;
@@ -44,7 +44,9 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
     /// Between two looks: a deletion that goes on has taken something more.
     const PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
     let mut report = Report::default();
-    let mut done = repair_once(bench, findings, hung, wider, &mut report);
+    // What was rescued is put back once; no later turn puts a snapshot's in its place.
+    let mut kept = BTreeSet::new();
+    let mut done = repair_once(bench, findings, hung, wider, &mut kept, &mut report);
     let mut asked = findings.to_vec();
     while goes_on(&asked) && bench.deadline.left() > AGAIN {
         let Some(now) = found_now(bench).filter(|now| *now != asked) else { break };
@@ -56,7 +58,7 @@ pub fn work(bench: &mut Bench<'_>, findings: &[Finding], hung: bool, wider: bool
         // Whatever went during the pause is in it too.
         asked = found_now(bench).unwrap_or(now);
         // That nothing more could be put back does not undo what was.
-        done = repair_once(bench, &asked, false, wider, &mut report).or(done);
+        done = repair_once(bench, &asked, false, wider, &mut kept, &mut report).or(done);
     }
     done.map(|()| report)
 }
@@ -99,6 +101,7 @@ fn repair_once(
     findings: &[Finding],
     hung: bool,
     wider: bool,
+    kept: &mut BTreeSet<PathBuf>,
     report: &mut Report,
 ) -> Result<()> {
     let mut choice = Choice::of(bench.node, findings);
@@ -117,27 +120,32 @@ fn repair_once(
         report.could_not(e.to_string());
     }
     saved.extend(left_by_an_earlier_try(bench, &choice, &saved)?);
-    let mut kept = BTreeSet::new();
     for database in saved {
         put_back(bench, &database, report)?;
-        // What was just put back is newer than the snapshot's.
-        choice.databases.remove(&database.live);
         kept.insert(database.live);
     }
-    choice.kept = kept;
+    // What was put back is newer than the snapshot's.
+    choice.databases.retain(|live| !kept.contains(live));
+    choice.kept.clone_from(kept);
     if choice.is_empty() {
         report.did("nothing is left to be taken from a snapshot");
     } else {
         let trial = trial::keep(bench, &choice);
         // Nothing that can be seen is wrong with what the snapshot knows: perhaps with what it does not.
-        let set_aside = if choice.thorough {
+        let mut set_aside = 0;
+        if choice.thorough {
             let trusted = bench.store.and_then(|s| trusted_newest_first(s).ok()).unwrap_or_default();
-            drop_ins::aside(bench, &trusted, report)? + transient_aside(bench, report)
-        } else {
-            0
-        };
+            match drop_ins::aside(bench, &trusted, report) {
+                Ok(count) => set_aside += count,
+                Err(e) => report.could_not(e.to_string()),
+            }
+        }
         let no_unit = node::service::unit_is_gone(bench.node);
         let done = repair(bench, &choice, report);
+        if choice.thorough {
+            // After the repair: what lies there may be large, and its removal must not cost the rest its time.
+            set_aside += transient_aside(bench, report);
+        }
         if no_unit && !node::service::unit_is_gone(bench.node) {
             match node::service::enable_again(bench.node) {
                 Ok(true) => report.did("the unit starts with the machine again"),
@@ -155,21 +163,36 @@ fn repair_once(
     bench.manager.clear_latch(bench.deadline)
 }
 
-/// Sets aside what the node makes anew by itself (caches, temporary files, its own lock): a torn one, or a file where a
-/// directory has to be, is in no snapshot and keeps a gateway from starting all the same. How many.
+/// Sets aside what the node makes anew by itself (caches, temporary files): a torn one, or a file where a directory has to
+/// be, is in no snapshot and keeps a gateway from starting all the same. How many.
+///
+/// Each is renamed where it lies, as the node's user: by no name of his does root move what is not his, and nothing is
+/// copied. One of each is kept, the last; what was on its way in from a chat is never removed.
 fn transient_aside(bench: &Bench<'_>, report: &mut Report) -> usize {
     let mut moved = 0;
     for name in node::roots::TRANSIENT {
         let path = bench.node.state_dir.join(name);
-        let Ok(meta) = path.symlink_metadata() else { continue };
-        // Logs say why; they are kept unless they are none.
-        let kept = meta.is_dir()
-            && (name == "logs" || std::fs::read_dir(&path).is_ok_and(|mut d| d.next().is_none()));
-        if kept {
-            continue;
-        }
-        match host::exchange::move_aside(&path, &bench.quarantine.join("transient")) {
-            Ok(to) => {
+        let to = bench.node.state_dir.join(node::roots::aside(name));
+        let renamed = host::user::as_user(bench.node.ids, || {
+            // A link to a directory is its owner's arrangement.
+            let whole = path.is_dir();
+            let linked = path.symlink_metadata().is_ok_and(|m| m.is_symlink());
+            let empty = whole && std::fs::read_dir(&path).is_ok_and(|mut d| d.next().is_none());
+            // Logs say why; they are kept unless they are none.
+            if path.symlink_metadata().is_err() || whole && (name == "logs" || linked) || empty {
+                return Ok(false);
+            }
+            if to.symlink_metadata().is_ok() {
+                if !node::roots::is_cache(name) {
+                    return Ok(false);
+                }
+                remove_any(&to).context(|| format!("remove {}", to.display()))?;
+            }
+            std::fs::rename(&path, &to).context(|| format!("set {} aside", path.display()))?;
+            Ok(true)
+        });
+        match renamed {
+            Ok(true) => {
                 report.did(format!(
                     "{}, which is made anew, was set aside to {}",
                     path.display(),
@@ -177,10 +200,15 @@ fn transient_aside(bench: &Bench<'_>, report: &mut Report) -> usize {
                 ));
                 moved += 1;
             }
+            Ok(false) => {}
             Err(e) => report.could_not(e.to_string()),
         }
     }
     moved
+}
+
+fn remove_any(path: &std::path::Path) -> std::io::Result<()> {
+    if path.symlink_metadata()?.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
 }
 
 /// The roots of the trusted snapshots that are gone or emptied, and those of which an earlier try of this incident found

@@ -39,6 +39,12 @@ pub fn spares(node: &Node) -> Vec<Spare> {
         Spare { what: "npm's cache", path: node.home.join(".npm/_cacache"), kind: Kind::Cache },
         Spare { what: "OpenClaw's cache", path: node.state_dir.join("cache"), kind: Kind::Cache },
     ];
+    let set_aside = node::roots::TRANSIENT.iter().filter(|name| node::roots::is_cache(name));
+    all.extend(set_aside.map(|name| Spare {
+        what: "what was set aside of OpenClaw's caches",
+        path: node.state_dir.join(node::roots::aside(name)),
+        kind: Kind::Cache,
+    }));
     let logs = node::probe::log_dirs(node).into_iter().chain([node.state_dir.join("logs")]);
     all.extend(logs.map(|path| Spare { what: "OpenClaw's logs", path, kind: Kind::Logs }));
     all

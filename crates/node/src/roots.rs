@@ -11,6 +11,18 @@ use store::Root;
 /// State that is made anew by itself: taken by nobody, and in nobody's way until nothing else explains a failure.
 pub const TRANSIENT: [&str; 4] = ["cache", "logs", "tmp", "media/inbound-tmp"];
 
+/// Where one of them is set aside: beside itself, in no snapshot either.
+#[must_use]
+pub fn aside(transient: &str) -> String {
+    format!("{transient}.koboshi-aside")
+}
+
+/// Whether nobody misses what was in it.
+#[must_use]
+pub fn is_cache(transient: &str) -> bool {
+    matches!(transient, "cache" | "tmp")
+}
+
 /// The roots of a node. A root whose path is missing is listed all the same: that it is missing is the news.
 #[must_use]
 pub fn roots(node: &Node) -> Vec<Root> {
@@ -35,7 +47,8 @@ pub fn roots(node: &Node) -> Vec<Root> {
 pub fn state_is_gone(node: &Node) -> bool {
     match std::fs::read_dir(&node.state_dir) {
         Ok(entries) => entries.flatten().all(|e| {
-            let transient = TRANSIENT.iter().any(|name| e.file_name() == *name);
+            let transient =
+                TRANSIENT.iter().any(|name| e.file_name() == *name || e.file_name() == *aside(name));
             transient || e.file_type().is_ok_and(|t| t.is_dir()) && is_void(&e.path())
         }),
         Err(e) => e.kind() == std::io::ErrorKind::NotFound,
@@ -124,7 +137,7 @@ fn state(node: &Node, workspaces: &[PathBuf], roots: &mut Vec<Root>) {
     // What else lies there (plugins' data, media, extensions, migrations) is state too, whatever comes later.
     let mut rest = root("state-rest", dir, Class::State);
     let taken: Vec<PathBuf> = roots.iter().map(|r| r.path.clone()).collect();
-    rest.exclude = TRANSIENT.iter().map(|s| (*s).to_owned()).collect();
+    rest.exclude = TRANSIENT.iter().flat_map(|name| [(*name).to_owned(), aside(name)]).collect();
     rest.exclude.extend(inside(&taken, &rest.path));
     rest.exclude.extend(inside(&workspaces.iter().map(|w| resolved(w)).collect::<Vec<_>>(), &rest.path));
     // Copies that the program makes of its config: they are its own, and every write would look like a change.

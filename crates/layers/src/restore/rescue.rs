@@ -20,6 +20,9 @@ pub(super) struct Saved {
 /// Where a rescued database belongs is written beside it, until it is back there: the work may be killed in between, and
 /// the next try must not take a snapshot's older bytes instead.
 pub(super) const BELONGS: &str = ".belongs";
+/// What that note is called once it is back there. In this incident it stays newer than every snapshot: should the database
+/// go again, it comes from here.
+pub(super) const PLACED: &str = ".placed";
 /// A path.
 const BELONGS_LIMIT_BYTES: u64 = 8 << 10;
 /// Rescues within one incident.
@@ -82,7 +85,8 @@ pub(super) fn not_folded(dir: &Path) -> Vec<PathBuf> {
     raw
 }
 
-/// What a try that was killed had saved and not yet put back, the newest of each.
+/// What an earlier try of this incident had saved and what is not there: because the try was killed before it was put back,
+/// or because it was deleted again. The newest of each.
 pub(super) fn left_by_an_earlier_try(
     bench: &Bench<'_>,
     choice: &Choice,
@@ -91,7 +95,8 @@ pub(super) fn left_by_an_earlier_try(
     let mut notes: Vec<(std::time::SystemTime, PathBuf)> = Vec::new();
     for dir in std::fs::read_dir(bench.quarantine.join("salvaged")).into_iter().flatten().flatten() {
         for file in std::fs::read_dir(dir.path()).into_iter().flatten().flatten() {
-            if file.file_name().as_bytes().ends_with(BELONGS.as_bytes()) {
+            let is = |suffix: &str| file.file_name().as_bytes().ends_with(suffix.as_bytes());
+            if is(BELONGS) || is(PLACED) {
                 let written = file.metadata().and_then(|m| m.modified());
                 notes.push((written.unwrap_or(std::time::UNIX_EPOCH), file.path()));
             }
@@ -107,6 +112,10 @@ pub(super) fn left_by_an_earlier_try(
             || choice.agents
             || choice.missing.contains(&Class::State)
             || choice.missing.contains(&Class::Sessions);
+        let placed = note.as_os_str().as_bytes().ends_with(PLACED.as_bytes());
+        if placed && live.symlink_metadata().is_ok() {
+            continue;
+        }
         let known = saved.iter().chain(&left).any(|s| s.live == live || s.copy == copy);
         if wanted && !known && copy.is_file() && live.starts_with(resolved(&bench.node.state_dir)) {
             left.push(Saved { copy, live });
@@ -154,7 +163,8 @@ pub(super) fn put_back(bench: &Bench<'_>, saved: &Saved, report: &mut Report) ->
     }
     new.take(name).context(what)?;
     new.sync().context(what)?;
-    let _ = std::fs::remove_file(beside(&saved.copy, BELONGS));
+    // A copy that has no note is no rescued one, and a note that stays one of something not put back does no harm.
+    let _ = std::fs::rename(beside(&saved.copy, BELONGS), beside(&saved.copy, PLACED));
     report.did(format!("{} is back with everything that was written to it", saved.live.display()));
     Ok(())
 }

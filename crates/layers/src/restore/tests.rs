@@ -77,7 +77,14 @@ fn what_a_killed_try_had_saved_is_put_back_by_the_next_one() {
     let _ = work(&mut bench, &findings, false, false);
     assert_eq!(std::fs::read(node.state_db()).unwrap(), b"the newest rows");
     assert!(copy.exists(), "the copy stays");
-    assert!(!beside(&copy, BELONGS).exists(), "and is not put back a second time");
+    assert!(!beside(&copy, BELONGS).exists(), "and the note says so");
+    // What is there is not put back a second time; what is deleted again is.
+    std::fs::write(node.state_db(), b"and a row more").unwrap();
+    let _ = work(&mut bench, &findings, false, false);
+    assert_eq!(std::fs::read(node.state_db()).unwrap(), b"and a row more");
+    std::fs::remove_file(node.state_db()).unwrap();
+    let _ = work(&mut bench, &findings, false, false);
+    assert_eq!(std::fs::read(node.state_db()).unwrap(), b"the newest rows");
 }
 
 #[test]
@@ -352,10 +359,21 @@ fn what_is_made_anew_is_set_aside_where_nothing_else_explains_it() {
     let mut manager = Nobody;
     let mut bench = bench(&node, &mut manager, dir.path());
     let gone = finding(FaultKind::ProcessGone, None, &[]);
-    let report = work(&mut bench, &[gone], false, false).unwrap();
+    let report = work(&mut bench, std::slice::from_ref(&gone), false, false).unwrap();
     assert!(!state.join("tmp").exists() && !state.join("cache").exists(), "{report:?}");
-    assert!(bench.quarantine.join("transient/cache/torn").exists());
+    assert!(state.join("cache.koboshi-aside/torn").exists() && state.join("tmp.koboshi-aside").is_file());
     assert!(state.join("logs/gateway.log").exists() && state.join("workspace/MEMORY.md").exists());
+    // The next one takes the last one's place.
+    std::fs::create_dir(state.join("cache")).unwrap();
+    std::fs::write(state.join("cache/again"), "x").unwrap();
+    work(&mut bench, std::slice::from_ref(&gone), false, false).unwrap();
+    assert_eq!(std::fs::read_dir(state.join("cache.koboshi-aside")).unwrap().count(), 1);
+    assert!(state.join("cache.koboshi-aside/again").exists());
+    // A link to a directory is its owner's arrangement.
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::write(elsewhere.join("x"), "x").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, state.join("cache")).unwrap();
     // With nothing to be set aside and no snapshot it has failed.
     work(&mut bench, &[], false, true).unwrap_err();
 }

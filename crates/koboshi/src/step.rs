@@ -63,6 +63,8 @@ pub enum Work {
     Room {
         /// Also by giving the reserve.
         reserve: bool,
+        /// The open incident: what it has put aside is not to be touched.
+        incident: Option<u64>,
     },
     /// Sends what waits in the outbox.
     Deliver,
@@ -382,8 +384,8 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
         }
         Work::Scrub => scrub(&places, node, deadline),
         Work::Tidy { store_only } => tidy(&places, &config, node, *store_only, deadline),
-        Work::Room { reserve } => {
-            Ok(Answer::Tidied { done: room::make(node, &config, &places, *reserve, deadline) })
+        Work::Room { reserve, incident } => {
+            Ok(Answer::Tidied { done: room::make(node, &places, *reserve, *incident, deadline) })
         }
         Work::Deliver => {
             let mut outbox = Outbox::open_with_spare(&places.outbox(), &places.outbox_spare())?;
@@ -775,7 +777,8 @@ fn tidy(
     if freed > 0 {
         done.push(format!("{freed} bytes of the quarantine freed"));
     }
-    done.extend(room::keep_reserve(node, places)?);
+    // That there is none keeps nothing else from being done.
+    done.extend(room::keep_reserve(node, places).unwrap_or_else(|e| Some(e.to_string())));
     if config.store.spare {
         done.extend(spare::make(node, &store, limit, deadline)?);
     }

@@ -146,7 +146,9 @@ fn repair_once(
             // After the repair: what lies there may be large, and its removal must not cost the rest its time.
             set_aside += transient_aside(bench, report);
         }
-        if no_unit && !node::service::unit_is_gone(bench.node) {
+        // A unit that its owner has disabled stays so.
+        let disabled = bench.baseline.is_some_and(|b| b.enabled == Some(false));
+        if no_unit && !disabled && !node::service::unit_is_gone(bench.node) {
             match node::service::enable_again(bench.node) {
                 Ok(true) => report.did("the unit starts with the machine again"),
                 Ok(false) => {}

@@ -104,6 +104,8 @@ pub struct Baseline {
     pub failing: Vec<String>,
     /// The schema of the state database.
     pub schema: Option<u32>,
+    /// Whether its unit started by itself ([`crate::service::starts_by_itself`]).
+    pub enabled: Option<bool>,
     /// When this was taken.
     pub taken: Option<Moment>,
 }
@@ -123,6 +125,7 @@ impl Baseline {
             onboarded: loaded.as_ref().and_then(|l| onboarded(&l.value)),
             failing,
             schema: Some(identity.schema),
+            enabled: crate::service::starts_by_itself(node),
             taken: Some(now),
         })
     }

@@ -133,6 +133,30 @@ fn put(path: &Path, text: &str, mode: u32) -> Result<()> {
     write_atomic(path, text.as_bytes(), mode)
 }
 
+/// Where the machine's owner says which units start with it.
+fn admins(unit: &Unit) -> &'static Path {
+    Path::new(match unit.scope {
+        Scope::User => "/etc/systemd/user",
+        Scope::System => "/etc/systemd/system",
+    })
+}
+
+/// Whether it starts with the machine or its user: wanted by whatever its owner chose, any link of its name will do.
+fn is_wanted(unit: &Unit, main: &Path) -> bool {
+    let dirs = main.parent().into_iter().chain([admins(unit)]);
+    dirs.flat_map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten().take(4_096))
+        .filter(|e| e.file_name().to_string_lossy().ends_with(".wants"))
+        .any(|e| e.path().join(&unit.name).symlink_metadata().is_ok())
+}
+
+/// Whether the node's unit starts by itself, as far as its links say; nothing where there is no unit's file.
+#[must_use]
+pub fn starts_by_itself(node: &Node) -> Option<bool> {
+    let unit = node.unit.as_ref()?;
+    let main = unit_file(node, unit);
+    main.symlink_metadata().ok().map(|_| is_wanted(unit, &main))
+}
+
 /// The link by which systemd starts it, where it is missing. Whether one was made.
 fn enable(unit: &Unit, main: &Path) -> Result<bool> {
     let Some(dir) = main.parent() else { return Ok(false) };
@@ -140,17 +164,12 @@ fn enable(unit: &Unit, main: &Path) -> Result<bool> {
         Scope::User => "default.target.wants",
         Scope::System => "multi-user.target.wants",
     };
-    // Wanted by whatever its owner chose: any link of its name will do.
-    let wanted = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .take(4_096)
-        .filter(|e| e.file_name().to_string_lossy().ends_with(".wants"))
-        .any(|e| e.path().join(&unit.name).symlink_metadata().is_ok());
-    if wanted {
+    if is_wanted(unit, main) {
         return Ok(false);
     }
+    let vendors = ["/usr", "/lib"].iter().any(|top| dir.starts_with(top));
+    // A vendor's directory is not the place of a choice, and `systemctl disable` does not look there.
+    let dir = if vendors { admins(unit) } else { dir };
     let wants = dir.join(target);
     let what = || format!("enable {}", unit.name);
     std::fs::create_dir_all(&wants).context(what)?;

@@ -341,6 +341,12 @@ pub fn trim_quarantine(
     trim::run(&store.layout, quarantine, limit_bytes, keep_days, deadline)
 }
 
+/// Removes what came from programs and runtimes, which a snapshot or a package registry brings again, from all incidents'
+/// directories of a quarantine but `except`; the bytes freed. Service files are their owner's words, and stay.
+pub fn drop_programs(quarantine: &Path, store: &Store, except: &str, deadline: Deadline) -> Result<u64> {
+    trim::programs(&store.layout, quarantine, except, deadline)
+}
+
 /// A ready tree of a converging root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spare {

@@ -35,24 +35,18 @@ pub(crate) fn run(
     deadline: Deadline,
 ) -> Result<u64> {
     let (heads, _) = layout.heads()?;
-    let mut classes: BTreeMap<String, Class> = BTreeMap::new();
-    for root in heads.iter().flat_map(|h| &h.info.roots) {
-        classes.insert(root.name.clone(), root.class);
-    }
+    let classes = classes(&heads);
     let (mut ours, mut users) = (Vec::new(), Vec::new());
     let mut total = 0;
     for incident in entries(quarantine)? {
         for path in entries(&incident)? {
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let bytes = tree_bytes(&path, deadline)?;
             let meta = path.symlink_metadata().context(|| format!("looking at {}", path.display()))?;
             // Entering the quarantine is a rename, which the change time records and no one can set back.
             let age_key = std::os::unix::fs::MetadataExt::ctime(&meta);
             total += bytes;
             let part = Part { path, age_key, bytes };
-            // `program.~1~` is a second `program`; a name no snapshot knows counts as the user's.
-            let class = classes.get(name.split(".~").next().unwrap_or(&name));
-            match class {
+            match class_of(&classes, &part.path) {
                 Some(c) if c.converges() => ours.push(part),
                 Some(_) | None => users.push(part),
             }
@@ -82,6 +76,35 @@ pub(crate) fn run(
         let _ = std::fs::remove_dir(&incident);
     }
     Ok(freed)
+}
+
+/// Programs and runtimes of all incidents but one.
+pub(crate) fn programs(layout: &Layout, quarantine: &Path, except: &str, deadline: Deadline) -> Result<u64> {
+    let (heads, _) = layout.heads()?;
+    let classes = classes(&heads);
+    let mut freed = 0;
+    for incident in entries(quarantine)?.into_iter().filter(|path| !path.ends_with(except)) {
+        for path in entries(&incident)? {
+            if matches!(class_of(&classes, &path), Some(Class::Program | Class::Runtime)) {
+                let bytes = tree_bytes(&path, deadline)?;
+                remove(&path)?;
+                freed += bytes;
+            }
+        }
+        // Fails while anything is left in it, which is the point.
+        let _ = std::fs::remove_dir(&incident);
+    }
+    Ok(freed)
+}
+
+fn classes(heads: &[crate::layout::Head]) -> BTreeMap<String, Class> {
+    heads.iter().flat_map(|h| &h.info.roots).map(|root| (root.name.clone(), root.class)).collect()
+}
+
+/// `program.~1~` is a second `program`; a name no snapshot knows counts as the user's.
+fn class_of(classes: &BTreeMap<String, Class>, part: &Path) -> Option<Class> {
+    let name = part.file_name()?.to_string_lossy().into_owned();
+    classes.get(name.split(".~").next().unwrap_or(&name)).copied()
 }
 
 fn entries(dir: &Path) -> Result<Vec<std::path::PathBuf>> {

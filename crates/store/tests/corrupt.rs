@@ -243,6 +243,16 @@ fn quarantines_shrink_by_the_rules() {
         fs::write(q.join(incident).join("notes/new"), b"nowhere else").unwrap();
     }
     assert_eq!(store::trim_quarantine(&q, &place.store, u64::MAX, 14, soon()).unwrap(), 0);
+    // Room on a full disk: only programs, and nothing of the open incident's.
+    let kept = q.join("1/service-1");
+    fs::write(&kept, b"its owner's unit").unwrap();
+    assert!(store::drop_programs(&q, &place.store, "2", soon()).unwrap() > 0);
+    assert!(
+        !q.join("1/program").exists() && q.join("2/program").exists() && q.join("1/notes/known").exists()
+    );
+    assert!(kept.exists());
+    fs::remove_file(&kept).unwrap();
+    fs::create_dir_all(q.join("1/program")).unwrap();
     // Young files of the user's stay whatever the size.
     store::trim_quarantine(&q, &place.store, 0, 14, soon()).unwrap();
     assert!(

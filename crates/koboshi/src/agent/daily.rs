@@ -484,7 +484,8 @@ impl Agent {
         let (job, work, limit) = if self.daily.room_at.is_some_and(|at| past(now, at)) {
             self.daily.room_at = None;
             self.daily.room_again = Some(now.plus_ms(ROOM_AGAIN_MS));
-            (Job::Room, Work::Room { reserve: false }, ROOM_LIMIT)
+            let incident = self.book.state().incident.as_ref().map(|i| i.id);
+            (Job::Room, Work::Room { reserve: false, incident }, ROOM_LIMIT)
         } else if let Some((classes, note)) = self.snapshot_due(now, serving) {
             self.daily.snapshot_at = None;
             (Job::Snapshot { classes: classes.clone() }, Work::Snapshot { classes, note }, SNAPSHOT_LIMIT)

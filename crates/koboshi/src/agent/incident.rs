@@ -146,8 +146,7 @@ impl Agent {
         let given = room::give_reserve(&self.node, &self.places);
         self.write(record);
         if given {
-            let what = "room was made on a full disk: the reserve was given".to_owned();
-            self.noticed(vec![Finding { kind: FaultKind::Notice, class: None, what, evidence: Vec::new() }]);
+            self.reserve_given();
         }
         self.doing = Doing::Nothing;
         if self.hands_off().is_none() {
@@ -155,6 +154,17 @@ impl Agent {
         } else if self.config.mode == Mode::Watch {
             self.tell_plan();
         }
+    }
+
+    fn give_reserve(&mut self) {
+        if room::give_reserve(&self.node, &self.places) {
+            self.reserve_given();
+        }
+    }
+
+    fn reserve_given(&mut self) {
+        let what = "room was made on a full disk: the reserve was given".to_owned();
+        self.noticed(vec![Finding { kind: FaultKind::Notice, class: None, what, evidence: Vec::new() }]);
     }
 
     /// In watch mode: what would have been done.
@@ -208,12 +218,16 @@ impl Agent {
     /// The look at the disk that a climb begins with. A full one is given room first: no layer works on it, and no start.
     fn look_for_climb(&mut self) -> Option<Examination> {
         const ROOM_LEAST: Duration = Duration::from_secs(3);
+        // A disk may have filled up since the incident began, and not even the look could be asked for.
+        self.give_reserve();
         let exam = self.examine_now(Care::Down)?;
         if !exam.findings.iter().any(|f| f.kind == FaultKind::DiskFull) {
             return Some(exam);
         }
         let limit = self.room(ROOM_LIMIT, ROOM_LEAST);
-        let answer = self.runner.run("job-room-now", Work::Room { reserve: true }, &self.node, None, limit);
+        let incident = self.book.state().incident.as_ref().map(|i| i.id);
+        let answer =
+            self.runner.run("job-room-now", Work::Room { reserve: true, incident }, &self.node, None, limit);
         let tidied = |a| if let Answer::Tidied { done } = a { Some(done) } else { None };
         let done = match answer.map_err(|e| e.to_string()).and_then(|a| Answer::wanted(Some(a), tidied)) {
             Ok(done) if done.is_empty() => vec!["there was nothing that could go".to_owned()],
@@ -389,7 +403,8 @@ impl Agent {
         match action {
             Action::Note { record } if self.is_no_errand(&record.event) => false,
             Action::Note { record }
-                if matches!(record.event, Event::Emergency { .. }) && self.ends_a_trial() =>
+                if matches!(record.event, Event::Emergency { .. } | Event::LeftAlone { .. })
+                    && self.ends_a_trial() =>
             {
                 true
             }
@@ -442,8 +457,8 @@ impl Agent {
         }
     }
 
-    /// The climb has failed: before that is written, a config that was replaced on suspicion alone goes back. Once per
-    /// climb; the engine is then asked again, with what lies on the disk now.
+    /// The climb has failed, or ends in its middle because hands are to be kept off: before that is written, a config that was
+    /// replaced on suspicion alone goes back. Once per climb; the engine is then asked again, with what lies on the disk now.
     fn ends_a_trial(&mut self) -> bool {
         /// One file is moved.
         const LIMIT: std::time::Duration = std::time::Duration::from_secs(10);

@@ -52,6 +52,7 @@ fn in_own_mounts(name: &str) -> bool {
         .env(OWN_MOUNTS, "1")
         .output()
         .unwrap();
+    assert!(String::from_utf8_lossy(&there.stdout).contains("1 passed"), "no test of this name was run");
     let words = [there.stdout, there.stderr].map(|w| String::from_utf8_lossy(&w).into_owned());
     assert!(there.status.success(), "{}", words.join("\n"));
     false
@@ -76,7 +77,7 @@ fn a_node_on_a_full_disk_is_given_room_and_stands_up_as_root() {
     if !in_own_mounts("disk::a_node_on_a_full_disk_is_given_room_and_stands_up_as_root") {
         return;
     }
-    let Some(disk) = Disk::new(800 << 20) else { return };
+    let disk = Disk::new(800 << 20).expect("mkfs.ext4 and a loop device");
     let fake = Fake::within(tempfile::tempdir_in(&disk.at).unwrap());
     fake.configure("[backup]\nsettle_s = 1\n");
     let theirs = fake.state().join("agents/main/sessions/kept.jsonl.deleted.1");

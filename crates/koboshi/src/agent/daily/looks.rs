@@ -39,7 +39,10 @@ impl Agent {
         {
             self.notice(alert::Notice::DiskLow, &why);
         }
+        // Also caches and logs are touched only by a hand that may; and not under an update, which may be using them.
         if findings.iter().any(|f| f.kind == FaultKind::DiskFull)
+            && !findings.iter().any(|f| f.kind == FaultKind::UpdateAtWork)
+            && self.hands_off().is_none()
             && self.daily.room_again.is_none_or(|at| past(now, at))
         {
             self.daily.room_at = Some(now);

@@ -4,7 +4,7 @@ use crate::needs::is_root;
 use crate::run::{Show, Tally, run};
 use crate::tidy;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// A cold build of everything on two slow cores, with room.
@@ -15,7 +15,17 @@ const SIM_LIMIT: Duration = Duration::from_secs(30 * 60);
 const HELP_LIMIT: Duration = Duration::from_secs(20);
 
 pub(crate) fn cargo(root: &Path, args: &[&str]) -> Command {
-    let mut c = Command::new(env!("CARGO"));
+    prepared(Command::new(env!("CARGO")), root, args)
+}
+
+/// The same for when nothing else wants the processor.
+fn cargo_at_idle(root: &Path, args: &[&str]) -> Command {
+    let mut c = Command::new("chrt");
+    c.args(["--idle", "0", env!("CARGO")]);
+    prepared(c, root, args)
+}
+
+fn prepared(mut c: Command, root: &Path, args: &[&str]) -> Command {
     c.current_dir(root).args(args);
     // What `cargo run` told this program about itself. Build scripts that watch these (ring's does) would be run again,
     // and minutes of what depends on them, whenever a build by hand follows one of ours.
@@ -28,14 +38,29 @@ pub(crate) fn cargo(root: &Path, args: &[&str]) -> Command {
     c
 }
 
-/// Format, clippy, tidy, unit tests, simulation.
-pub(crate) fn quick(root: &Path, schedules: u64, tally: &mut Tally) {
+const CLIPPY: [&str; 7] = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+
+/// What needs no build: format, tidiness.
+pub(crate) fn looks(root: &Path, tally: &mut Tally) {
     tally.one("format", || run(&mut cargo(root, &["fmt", "--all", "--check"]), Show::Yes, BUILD_LIMIT).ok());
     tally.part("tidy", |tally| tidy::all(root, tally));
-    tally.one("clippy", || {
-        let args = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-        run(&mut cargo(root, &args), Show::Yes, BUILD_LIMIT).ok()
-    });
+}
+
+/// Lints and builds, at the lowest priority, what [`runs`] will want: it finds it done. What fails here says nothing and
+/// fails there.
+pub(crate) fn ahead(root: &Path) -> std::thread::JoinHandle<()> {
+    let build = ["test", "--quiet", "--workspace", "--no-run"];
+    let mut wanted = [&CLIPPY[..], &build].map(|args| cargo_at_idle(root, args));
+    std::thread::spawn(move || {
+        for command in &mut wanted {
+            run(command.stderr(Stdio::null()), Show::No, BUILD_LIMIT);
+        }
+    })
+}
+
+/// Lints, unit tests, simulation.
+pub(crate) fn runs(root: &Path, schedules: u64, tally: &mut Tally) {
+    tally.one("clippy", || run(&mut cargo(root, &CLIPPY), Show::Yes, BUILD_LIMIT).ok());
     unit(root, tally);
     tally.one("simulation", || {
         let (count, first) = (schedules.to_string(), "1");

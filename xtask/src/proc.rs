@@ -84,29 +84,60 @@ pub(crate) fn children(pid: u32) -> Vec<Id> {
     out
 }
 
-/// Time that its living threads spent waiting for block I/O; 0 where the kernel does not account for it
-/// (`kernel.task_delayacct`). A process's own entry tells of its first thread only. Of a wait that was begun while the
-/// account was being switched on the kernel says that it has lasted since boot; such a thread's account is left out.
-pub(crate) fn blocked_ticks(pid: u32) -> u64 {
-    let now_ticks = boot_ticks();
-    let of = |task: std::path::PathBuf| {
-        let text = std::fs::read_to_string(task.join("stat")).ok()?;
-        blocked_of(&text, now_ticks)
-    };
-    tasks(pid).into_iter().filter_map(of).sum()
+/// How long the threads of one process have waited for block I/O, followed by looking at them often; nothing where the
+/// kernel does not account for it (`kernel.task_delayacct`).
+///
+/// The account cannot be believed as it is: at times the kernel adds what has passed since an *earlier* wait of a thread that
+/// ran meanwhile (seen: 30 s at once, for a thread that went on answering every 2 s). So what is added between two looks
+/// counts for no more than the time since the thread was last seen doing anything else than waiting.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Waits {
+    threads: BTreeMap<std::path::PathBuf, Thread>,
+    /// What counts so far, in clock ticks.
+    pub(crate) ticks: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Thread {
+    told_ticks: u64,
+    awake_ticks: u64,
+}
+
+impl Waits {
+    /// Looks at each thread. What one has waited before it was first seen is left out.
+    pub(crate) fn look(&mut self, pid: u32) {
+        let now_ticks = boot_ticks();
+        for task in tasks(pid) {
+            let text = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+            self.heed(task, &text, now_ticks);
+        }
+    }
+
+    fn heed(&mut self, task: std::path::PathBuf, stat: &str, now_ticks: u64) {
+        let Some((waits, told_ticks)) = told(stat) else { return };
+        let thread = self.threads.entry(task).or_insert(Thread { told_ticks, awake_ticks: now_ticks });
+        let added = told_ticks.saturating_sub(thread.told_ticks);
+        // The last tick may have been begun only.
+        self.ticks += added.min(now_ticks.saturating_sub(thread.awake_ticks) + 1);
+        thread.told_ticks = told_ticks;
+        if !waits {
+            thread.awake_ticks = now_ticks;
+        }
+    }
 }
 
 fn boot_ticks() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    u64::try_from(now.tv_sec + 1).unwrap_or(0) * rustix::param::clock_ticks_per_second()
+    let per_second = rustix::param::clock_ticks_per_second();
+    let of_a_second = u64::try_from(now.tv_nsec).unwrap_or(0) * per_second / 1_000_000_000;
+    u64::try_from(now.tv_sec).unwrap_or(0) * per_second + of_a_second
 }
 
-fn blocked_of(stat: &str, now_ticks: u64) -> Option<u64> {
-    // Numbers as in proc(5); the first field after the name is 3.
+/// Whether it waits uninterruptibly, and its account of block I/O: fields 3 and 42 of proc(5), the first after the name
+/// being 3.
+fn told(stat: &str) -> Option<(bool, u64)> {
     let fields: Vec<&str> = stat.get(stat.rfind(')')? + 2..)?.split_ascii_whitespace().collect();
-    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
-    let (began, blocked) = (field(22)?, field(42)?);
-    (blocked <= now_ticks.saturating_sub(began)).then_some(blocked)
+    Some((*fields.first()? == "D", fields.get(42 - 3)?.parse().ok()?))
 }
 
 /// What it has caused to be read from disk; 0 where nobody may know.
@@ -156,15 +187,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_longer_than_its_threads_life_is_the_kernels_mistake() {
-        let line = |began: u64, blocked: u64| {
+    fn what_a_thread_cannot_have_waited_does_not_count() {
+        let line = |state: &str, ticks: u64| {
             let mut fields = vec!["0".to_owned(); 50];
-            (fields[22 - 3], fields[42 - 3]) = (began.to_string(), blocked.to_string());
-            format!("7 (a) b) {}", fields.join(" "))
+            (fields[0], fields[42 - 3]) = (state.to_owned(), ticks.to_string());
+            format!("7 (a b) {}", fields.join(" "))
         };
-        assert_eq!(blocked_of(&line(1_000, 40), 2_000), Some(40));
-        assert_eq!(blocked_of(&line(1_000, 1_001), 2_000), None);
-        assert_eq!(blocked_of("7 (a) 0 0", 2_000), None);
+        let mut waits = Waits::default();
+        let mut seen = |state: &str, ticks: u64, now: u64| {
+            waits.heed("task".into(), &line(state, ticks), now);
+            waits.ticks
+        };
+        assert_eq!(seen("S", 500, 1_000), 0, "before it was looked at");
+        assert_eq!(seen("S", 503, 1_005), 3);
+        assert_eq!(seen("S", 3_503, 1_010), 9, "3,000 ticks in five, and one begun");
+        assert_eq!([seen("D", 3_503, 1_015), seen("D", 3_503, 1_100)], [9, 9]);
+        assert_eq!(seen("S", 3_595, 1_105), 101, "it was seen to wait for 92");
+        waits.heed("task".into(), "7 (a) 0 0", 1_110);
+        assert_eq!(waits.ticks, 101);
     }
 
     #[test]

@@ -16,17 +16,30 @@ pub fn is_set(path: &Path) -> bool {
         .is_ok_and(|s| s.stx_attributes_mask.intersects(fixed) && s.stx_attributes.intersects(fixed))
 }
 
-/// Takes both attributes away from an entry of an opened directory (`.`: the directory itself), following no link. Whether
-/// one was there and is gone. Not ours to take away, or a file system without them: false.
-pub fn lift(dir: BorrowedFd<'_>, name: &[u8]) -> bool {
-    rustix::fs::openat(dir, name, OPEN, Mode::empty()).is_ok_and(|fd| lift_opened(&fd))
+/// Which of the two were set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fixed(IFlags);
+
+/// Takes both attributes away from an entry of an opened directory (`.`: the directory itself), following no link. Which
+/// were there and are gone. Not ours to take away, or a file system without them: none.
+pub fn lift(dir: BorrowedFd<'_>, name: &[u8]) -> Option<Fixed> {
+    rustix::fs::openat(dir, name, OPEN, Mode::empty()).ok().and_then(|fd| lift_opened(&fd))
+}
+
+/// Sets again what [`lift`] took away. Whether that succeeded.
+pub fn put_back(dir: BorrowedFd<'_>, name: &[u8], fixed: Fixed) -> bool {
+    rustix::fs::openat(dir, name, OPEN, Mode::empty()).is_ok_and(|fd| {
+        rustix::fs::ioctl_getflags(&fd)
+            .is_ok_and(|now| rustix::fs::ioctl_setflags(&fd, now.union(fixed.0)).is_ok())
+    })
 }
 
 /// The same of what a handle (`O_PATH`) stands for.
 pub fn lift_handle(handle: &OwnedFd) -> bool {
     // Only what was really opened can be asked for its attributes.
     let link = format!("/proc/self/fd/{}", handle.as_raw_fd());
-    rustix::fs::open(link, OPEN.difference(OFlags::NOFOLLOW), Mode::empty()).is_ok_and(|fd| lift_opened(&fd))
+    rustix::fs::open(link, OPEN.difference(OFlags::NOFOLLOW), Mode::empty())
+        .is_ok_and(|fd| lift_opened(&fd).is_some())
 }
 
 /// Does it once more where it is refused because one of these, or the directory it lies in, had been made immutable, and no
@@ -47,8 +60,8 @@ fn lift_path(path: &Path) -> bool {
     else {
         return false;
     };
-    let itself = lift(dir.as_fd(), name.as_bytes());
-    lift(dir.as_fd(), b".") || itself
+    let itself = lift(dir.as_fd(), name.as_bytes()).is_some();
+    lift(dir.as_fd(), b".").is_some() || itself
 }
 
 /// Opening a pipe waits for nobody, and a terminal becomes nobody's.
@@ -58,10 +71,11 @@ const OPEN: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-fn lift_opened(fd: &impl AsFd) -> bool {
-    let Ok(now) = rustix::fs::ioctl_getflags(fd) else { return false };
-    let free = now.difference(IFlags::IMMUTABLE.union(IFlags::APPEND));
-    free != now && rustix::fs::ioctl_setflags(fd, free).is_ok()
+fn lift_opened(fd: &impl AsFd) -> Option<Fixed> {
+    let now = rustix::fs::ioctl_getflags(fd).ok()?;
+    let fixed = now.intersection(IFlags::IMMUTABLE.union(IFlags::APPEND));
+    let lifted = !fixed.is_empty() && rustix::fs::ioctl_setflags(fd, now.difference(fixed)).is_ok();
+    lifted.then_some(Fixed(fixed))
 }
 
 #[cfg(test)]
@@ -76,7 +90,9 @@ mod tests {
         std::fs::write(&file, "1").unwrap();
         let opened = |path: &Path| rustix::fs::open(path, OFlags::RDONLY, Mode::empty()).unwrap();
         let top = opened(dir.path());
-        assert!(!is_set(&file) && !lift(top.as_fd(), b"file") && !lift(top.as_fd(), b"none"));
+        assert!(
+            !is_set(&file) && lift(top.as_fd(), b"file").is_none() && lift(top.as_fd(), b"none").is_none()
+        );
         for (flag, name) in [(IFlags::IMMUTABLE, "file"), (IFlags::APPEND, "file"), (IFlags::IMMUTABLE, ".")]
         {
             let path = dir.path().join(name);
@@ -92,7 +108,9 @@ mod tests {
                     && std::fs::remove_file(&file).is_err()
             );
             if name == "." {
-                assert!(lift(top.as_fd(), b"."));
+                let fixed = lift(top.as_fd(), b".").unwrap();
+                assert!(!is_set(&path) && put_back(top.as_fd(), b".", fixed) && is_set(&path));
+                assert_eq!(lift(top.as_fd(), b"."), Some(fixed));
             } else {
                 let handle = rustix::fs::open(&path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap();
                 assert!(lift_handle(&handle));

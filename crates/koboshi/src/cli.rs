@@ -88,6 +88,9 @@ pub enum Command {
         /// The node, for the last two.
         node: Option<String>,
     },
+    /// What the store holds, for another command: a process that its disk may hold for ever.
+    #[command(hide = true)]
+    Kept,
     /// Lends this node's program to a peer: the forced command of its key.
     #[command(hide = true)]
     Donate {

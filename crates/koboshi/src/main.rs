@@ -99,6 +99,7 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         | cli::Command::Alert(_)
         | cli::Command::Key(_)
         | cli::Command::Fleet { .. }
+        | cli::Command::Kept
         | cli::Command::Completions { .. }
         | cli::Command::Man { .. } => commands::run(cli, printer),
     }

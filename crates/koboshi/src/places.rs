@@ -167,6 +167,11 @@ impl Places {
         self.run_dir.join("status.json")
     }
 
+    /// Which of the layers' sources were silent in the open incident.
+    pub fn sources(&self) -> PathBuf {
+        self.run_dir.join("sources.json")
+    }
+
     /// Requests and results of steps.
     pub fn steps(&self) -> PathBuf {
         self.run_dir.join("steps")

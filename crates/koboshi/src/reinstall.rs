@@ -4,9 +4,10 @@
 //! dead registry, a package that is none) the attempt finds out within its own limits.
 
 use crate::places::Places;
-use engine::{Class, Finding, Layer};
+use engine::{Class, FaultKind, Finding, Layer};
 use layers::install::{self, Order, Place};
 use node::gates::{self, Gate};
+use node::range::Version;
 use node::{Baseline, Node, Scope};
 
 /// npm, its tree, its cache and the stage.
@@ -17,8 +18,40 @@ const MEMORY_BYTES: u64 = 900 << 20;
 /// The last good version: what the newest trusted snapshot holds, else what last served, else what was found. Never
 /// what the broken disk says now, and never a tag.
 pub fn version(node: &Node, baseline: Option<&Baseline>, snapshot: Option<&str>) -> Option<String> {
+    known(node, baseline, snapshot).next().map(str::to_owned)
+}
+
+/// The same where a newer program than the one that lies there wrote the data: the newest of them. It served, perhaps for
+/// moments only, and no older one may open the data again.
+pub fn newest_known(node: &Node, baseline: Option<&Baseline>, snapshot: Option<&str>) -> Option<String> {
+    known(node, baseline, snapshot).max_by_key(|v| Version::parse(v)).map(str::to_owned)
+}
+
+fn known<'a>(
+    node: &'a Node,
+    baseline: Option<&'a Baseline>,
+    snapshot: Option<&'a str>,
+) -> impl Iterator<Item = &'a str> {
     let known = [snapshot, baseline.and_then(|b| b.version.as_deref()), node.version.as_deref()];
-    known.into_iter().flatten().find(|v| is_full(v)).map(str::to_owned)
+    known.into_iter().flatten().filter(|v| is_full(v))
+}
+
+/// The version to install in this climb of an incident, the first being 1. Where even the newest that ever served here is
+/// the one that lies there and cannot open the data, later climbs ask for the registry's newest: nothing else is left, and
+/// the data has been migrated already.
+pub fn to_install(
+    node: &Node,
+    baseline: Option<&Baseline>,
+    snapshot: Option<&str>,
+    findings: &[Finding],
+    climb: u32,
+) -> Option<String> {
+    if !findings.iter().any(|f| f.kind == FaultKind::SchemaNewer) {
+        return version(node, baseline, snapshot);
+    }
+    let newest = newest_known(node, baseline, snapshot)?;
+    let lies_there = node.package_version().as_ref() == Some(&newest);
+    Some(if climb > 1 && lies_there { install::NEWEST.to_owned() } else { newest })
 }
 
 /// A full version, as the registry names it: three numbers, perhaps a pre-release, and nothing else.
@@ -77,8 +110,12 @@ fn common(node: &Node, seen: Seen<'_>) -> Result<(), String> {
     if seen.version.is_none() {
         return Err("no version is known to have served".to_owned());
     }
-    let made = |class: Option<Class>| matches!(class, Some(Class::Program | Class::Runtime | Class::Service));
-    if seen.snapshot.is_some() && !seen.findings.iter().any(|f| made(f.class)) {
+    // A whole program that cannot open the data is no reason to leave things as they are.
+    let made = |f: &Finding| {
+        f.kind == FaultKind::SchemaNewer
+            || matches!(f.class, Some(Class::Program | Class::Runtime | Class::Service))
+    };
+    if seen.snapshot.is_some() && !seen.findings.iter().any(made) {
         return Err("program, runtime and service files are whole: there is nothing to install".to_owned());
     }
     if let Some(available) = host::pressure::available_bytes()
@@ -131,5 +168,39 @@ mod tests {
         ] {
             assert!(!is_full(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn data_of_a_newer_program_asks_for_the_newest_known_and_then_for_the_newest_there_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let lies = |version: &str| {
+            std::fs::write(
+                dir.path().join("package.json"),
+                format!(r#"{{"name":"openclaw","version":"{version}"}}"#),
+            )
+            .unwrap();
+        };
+        let node: Node = serde_json::from_value(serde_json::json!({
+            "name": "t", "prefix": dir.path(), "package_dir": dir.path(), "entry": "/e", "node_bin": "/n",
+            "home": dir.path(), "state_dir": dir.path(), "config_path": "/c", "port": 1, "version": "2026.9.6",
+            "ids": host::run::Ids::current(), "user": "t"
+        }))
+        .unwrap();
+        let served = Baseline { version: Some("2026.10.2".into()), ..Baseline::default() };
+        let newer = [Finding {
+            kind: FaultKind::SchemaNewer,
+            class: None,
+            what: "newer".into(),
+            evidence: Vec::new(),
+        }];
+        let to = |findings: &[Finding], climb| {
+            to_install(&node, Some(&served), Some("2026.9.6"), findings, climb).unwrap()
+        };
+        lies("2026.9.6");
+        assert_eq!((to(&[], 1), to(&[], 2)), ("2026.9.6".into(), "2026.9.6".into()));
+        assert_eq!((to(&newer, 1), to(&newer, 2)), ("2026.10.2".into(), "2026.10.2".into()));
+        lies("2026.10.2");
+        assert_eq!((to(&newer, 1), to(&newer, 2)), ("2026.10.2".into(), "latest".into()));
+        assert_eq!(to(&[], 2), "2026.9.6", "only for the data's sake");
     }
 }

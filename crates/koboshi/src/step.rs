@@ -423,8 +423,14 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
         }
         Work::SystemInstall { version, hung, incident } => {
             let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
+            let by_root = sudo::needed(node, &places);
+            if by_root && version == layers::install::NEWEST {
+                let what = "have root install the newest version";
+                return Err(Error::new(Kind::Denied, what, "root installs none that never served here"));
+            }
+            data_is_kept(request, &places, version, deadline)?;
             with_bench(request, &config, &places, *incident, deadline, |bench| {
-                if sudo::needed(bench.node, &places) {
+                if by_root {
                     return sudo::through(bench, &places, version);
                 }
                 layers::system_install::work(bench, &order, *hung)
@@ -432,6 +438,7 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
         }
         Work::UserInstall { version, hung, incident } => {
             let order = crate::reinstall::order(&places, version, engine::Layer::UserInstall);
+            data_is_kept(request, &places, version, deadline)?;
             with_bench(request, &config, &places, *incident, deadline, |bench| {
                 layers::user_install::work(bench, &order, *hung)
             })
@@ -493,6 +500,18 @@ fn no_maintenance(node: &Node, what: &str) -> Result<()> {
         Some(held) => Err(Error::new(Kind::System, what, held)),
         None => Ok(()),
     }
+}
+
+/// Before a version that never served here may open the data, and migrate it to where nobody can follow, a copy of the
+/// data is taken.
+fn data_is_kept(request: &Request, places: &Places, version: &str, deadline: Deadline) -> Result<()> {
+    const DATA: [Class; 3] = [Class::State, Class::Sessions, Class::Config];
+    if version != layers::install::NEWEST {
+        return Ok(());
+    }
+    let (node, baseline) = (&request.node, request.baseline.as_ref());
+    let note = "before a newer version";
+    snapshot(places, node, baseline, &DATA, note, &mut |_| {}, deadline).map(|_| ())
 }
 
 fn with_bench(
@@ -567,6 +586,70 @@ fn gone(places: &Places, before: &str, now: &str, deadline: Deadline) -> Vec<Pat
     gone
 }
 
+/// What the next start depends on: a snapshot is trusted for what it holds of these.
+const PROVEN: [Class; 4] = [Class::Program, Class::Runtime, Class::Service, Class::Config];
+
+/// Why a snapshot must not be trusted by what lies on disk now, if there is a reason: what it holds of the program is no
+/// longer exactly that, or the next start would not survive it. What was `carried` over from a trusted snapshot was proven
+/// by that one.
+fn unproven(
+    store: &Store,
+    info: &store::SnapshotInfo,
+    carried: &dyn Fn(Class) -> bool,
+    node: &Node,
+    baseline: Option<&Baseline>,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    let classes: Vec<Class> = PROVEN.into_iter().filter(|class| !carried(*class)).collect();
+    if classes.iter().any(|c| c.converges()) {
+        no_update_at_work(node, "trust the newest snapshot")?;
+    }
+    let differences = store.compare(&info.id, &classes, Depth::Stat, deadline)?;
+    if let Some(first) = differences.first() {
+        return Ok(Some(format!(
+            "{} differences from the candidate, the first in {}/{}",
+            differences.len(),
+            first.root,
+            first.path.display()
+        )));
+    }
+    // A gateway goes on with the program and the config it has read: serving proves nothing about what lies there now.
+    let unknown = Baseline::default();
+    let looked =
+        node::triage::examine(node, baseline.unwrap_or(&unknown), node::triage::Depth::Quick, deadline);
+    // What is sick now is not what this one holds of it, where that was carried over from a trusted snapshot or left out.
+    let elsewhere = |class: Class| carried(class) || !info.classes.contains_key(&class);
+    let held = |f: &&Finding| unfit_to_trust(f) && !f.class.is_some_and(elsewhere);
+    let sick = looked.findings.iter().find(held);
+    Ok(sick.map(|sick| format!("it holds what the next start would not survive: {}", sick.what)))
+}
+
+/// Why what a snapshot that was just taken holds must not be trusted on the owner's word, if there is a reason: it was
+/// taken of a tree that somebody was changing, so that it is a picture of nothing that ever was.
+///
+/// # Errors
+///
+/// An update or offline maintenance is at work; the store or a live tree cannot be read.
+pub fn blurred(
+    store: &Store,
+    info: &store::SnapshotInfo,
+    node: &Node,
+    baseline: &Baseline,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    no_maintenance(node, "trust what is there")?;
+    if let Some(why) = unproven(store, info, &|_| false, node, Some(baseline), deadline)? {
+        return Ok(Some(why));
+    }
+    // A user's trees are written to all the time; what goes from them meanwhile may be only the beginning of it.
+    let users = [Class::Workspace, Class::Credentials];
+    let gone = store
+        .compare(&info.id, &users, Depth::Stat, deadline)?
+        .into_iter()
+        .find(|d| d.kind == store::DifferenceKind::Missing && !node::users::comes_and_goes(&d.path));
+    Ok(gone.map(|d| format!("{}/{} was deleted while the copy was taken", d.root, d.path.display())))
+}
+
 /// Trusts the newest candidate if the live program, runtime, service files and config are exactly what it holds: the
 /// node has just served for the settling time with them.
 fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: Deadline) -> Result<Answer> {
@@ -582,38 +665,13 @@ fn settle(places: &Places, node: &Node, baseline: Option<&Baseline>, deadline: D
     }
     let before = store.newest_trusted(None)?;
     // What was carried over from a trusted snapshot was proven by that one; what lies on disk since may never have run.
-    let carried = |class: &Class| {
+    let carried = |class: Class| {
         before.as_ref().is_some_and(|b| {
-            let when = |info: &store::SnapshotInfo| info.classes.get(class).map(|c| c.taken);
+            let when = |info: &store::SnapshotInfo| info.classes.get(&class).map(|c| c.taken);
             when(b).is_some() && when(b) == when(&newest)
         })
     };
-    let classes: Vec<Class> = [Class::Program, Class::Runtime, Class::Service, Class::Config]
-        .into_iter()
-        .filter(|class| !carried(class))
-        .collect();
-    if classes.iter().any(|c| c.converges()) {
-        no_update_at_work(node, "trust the newest snapshot")?;
-    }
-    let differences = store.compare(&newest.id, &classes, Depth::Stat, deadline)?;
-    if let Some(first) = differences.first() {
-        let why = format!(
-            "{} differences from the candidate, the first in {}/{}",
-            differences.len(),
-            first.root,
-            first.path.display()
-        );
-        return Ok(Answer::Settled { id: None, why: Some(why), config: None });
-    }
-    // A gateway goes on with the program and the config it has read: serving proves nothing about what lies there now.
-    let unknown = Baseline::default();
-    let looked =
-        node::triage::examine(node, baseline.unwrap_or(&unknown), node::triage::Depth::Quick, deadline);
-    // What is sick now is not what this one holds of it, where that was carried over from a trusted snapshot or left out.
-    let elsewhere = |class: Class| carried(&class) || !newest.classes.contains_key(&class);
-    let held = |f: &&Finding| unfit_to_trust(f) && !f.class.is_some_and(elsewhere);
-    if let Some(sick) = looked.findings.iter().find(held) {
-        let why = format!("it holds what the next start would not survive: {}", sick.what);
+    if let Some(why) = unproven(&store, &newest, &carried, node, baseline, deadline)? {
         return Ok(Answer::Settled { id: None, why: Some(why), config: None });
     }
     if let Some(before) = before {

@@ -101,7 +101,7 @@ impl Beside {
 /// Does it once more where what is in the way had been made immutable (`chattr +i`), and is so no longer.
 fn freeing<T>(dir: &OwnedFd, place: &OsStr, act: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
     match act() {
-        Err(Errno::PERM) if host::immutable::lift(dir.as_fd(), place.as_bytes()) => act(),
+        Err(Errno::PERM) if host::immutable::lift(dir.as_fd(), place.as_bytes()).is_some() => act(),
         other => other,
     }
 }

@@ -350,6 +350,15 @@ enum Whole {
 /// Lost files that a report names one by one.
 const MAX_NAMED: usize = 8;
 
+/// The first of these, and how many more there are.
+fn named(paths: &[PathBuf]) -> String {
+    let first: Vec<String> = paths.iter().take(MAX_NAMED).map(|p| p.display().to_string()).collect();
+    match paths.len().saturating_sub(MAX_NAMED) {
+        0 => first.join(", "),
+        more => format!("{} and {more} more", first.join(", ")),
+    }
+}
+
 /// `false` when nothing differed that may be touched, or nothing of it could be put right.
 fn repair_from(
     bench: &Bench<'_>,
@@ -394,9 +403,11 @@ fn repair_from(
             repaired.lost_files, info.id
         ));
     }
-    if repaired.freed > 0 {
-        report
-            .did(format!("{} entries had been made immutable (chattr +i) and no longer are", repaired.freed));
+    if !repaired.freed.is_empty() {
+        report.did(format!(
+            "made changeable again what had been made immutable (chattr +i): {}",
+            named(&repaired.freed)
+        ));
     }
     let found = repaired.objects_from_live + repaired.objects_from_spare;
     if found > 0 {

@@ -3,7 +3,7 @@
 //! Needs a registry that answers, an npm-capable Node (its own is fetched if the node's is gone), space and memory. Does
 //! what [`crate::install`] says, in the node's own prefix; a node that was displaced comes home with it. Its own
 //! acceptance beyond the common judge: the tree is exactly the pinned tarballs, byte by byte, and the unit that starts it
-//! is there and enabled.
+//! is there and enabled. Where it had to bring a Node of its own, `openclaw` in a login shell runs on that.
 
 use crate::install::{self, Moved, Order};
 use crate::{Bench, Report};
@@ -15,7 +15,10 @@ use host::Result;
 /// The reason why nothing was put in place.
 pub fn work(bench: &mut Bench<'_>, order: &Order, hung: bool) -> Result<Report> {
     let target = Moved::load(&order.state_dir)?.map_or_else(|| bench.node.clone(), |moved| moved.home);
-    let report = install::work(bench, &target, order, hung)?;
-    crate::user_install::forget_command(&target)?;
+    let mut report = install::work(bench, &target, order, hung)?;
+    crate::user_install::command_for(
+        &install::Pending::load(&order.state_dir)?.map_or(target, |p| p.after),
+        &mut report,
+    )?;
     Ok(report)
 }

@@ -23,7 +23,7 @@ const LINGER: &str = "/var/lib/systemd/linger";
 const LINGER_LIMIT: Duration = Duration::from_secs(5);
 /// The first lines of our own command.
 const MARK: &str =
-    "#!/bin/sh\n# Made by koboshi: runs the program that serves while the node is away from home.\n";
+    "#!/bin/sh\n# Made by koboshi: runs the program that serves, with the Node it serves with.\n";
 const COMMAND_LIMIT_BYTES: u64 = 16 << 10;
 
 /// The work of layer 3.
@@ -64,6 +64,13 @@ fn command(node: &Node, report: &mut Report) -> Result<()> {
     files::write_atomic(&file, text.as_bytes(), 0o755)?;
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))
         .context(|| format!("open {}", file.display()))
+}
+
+/// The command of a node at home: one that has its own Node needs it, because the `openclaw` of its prefix asks for the
+/// system's; another has no use for it.
+pub(crate) fn command_for(node: &Node, report: &mut Report) -> Result<()> {
+    let own = node.runtime_dir.as_ref().is_some_and(|dir| node.node_bin.starts_with(dir));
+    if own { as_user(node.ids, || command(node, report)) } else { forget_command(node) }
 }
 
 /// Takes the command away again when the node is home.
@@ -116,6 +123,20 @@ mod tests {
             "home": dir, "state_dir": dir, "config_path": dir, "port": 1, "ids": Ids::current(), "user": "t"
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn at_home_there_is_a_command_only_where_the_node_has_its_own_runtime() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = Report::default();
+        let there = |node: &Node| command_file(node).exists();
+        let plain = node(dir.path());
+        let own = Node { runtime_dir: Some("/bin".into()), ..plain.clone() };
+        let elsewhere = Node { runtime_dir: Some(dir.path().join("koboshi-node")), ..plain.clone() };
+        for (node, wanted) in [(&own, true), (&elsewhere, false), (&own, true), (&plain, false)] {
+            command_for(node, &mut report).unwrap();
+            assert_eq!(there(node), wanted, "{:?}", node.runtime_dir);
+        }
     }
 
     #[test]

@@ -294,8 +294,8 @@ pub struct Repaired {
     pub bytes: u64,
     /// Entries moved to the quarantine.
     pub quarantined: u64,
-    /// Entries that had been made immutable (`chattr +i`) and no longer are.
-    pub freed: u64,
+    /// Entries that had been made immutable (`chattr +i`) and no longer are, by their absolute paths.
+    pub freed: Vec<PathBuf>,
     /// Objects that were corrupt or missing in the store and came, proven, from a live file.
     pub objects_from_live: u64,
     /// The same from a spare.

@@ -428,7 +428,20 @@ fn what_was_made_immutable_is_put_right_all_the_same_as_root() {
             return;
         }
     }
+    // Where nothing can be put right, everything stays as its owner left it.
+    let fixed = || ["dist/7.js", "dist"].map(|name| host::immutable::is_set(&place.live.join(name)));
+    let hidden = place.store.dir().join("hidden");
+    fs::rename(place.store.dir().join("packs"), &hidden).unwrap();
+    fs::create_dir(place.store.dir().join("packs")).unwrap();
+    let refused = place.store.repair(&id, Scope::Classes(&PROGRAM), &place.plan(), soon());
+    assert_eq!((refused.unwrap_err().kind, fixed()), (host::Kind::Corrupt, [true, true]));
+    fs::remove_dir(place.store.dir().join("packs")).unwrap();
+    fs::rename(hidden, place.store.dir().join("packs")).unwrap();
+
     let done = place.store.repair(&id, Scope::Classes(&PROGRAM), &place.plan(), soon()).unwrap();
-    assert_eq!((done.freed, done.quarantined), (2, 1));
-    assert_eq!(truth(&place.live), before);
+    assert_eq!(
+        (done.freed, done.quarantined),
+        (vec![place.live.join("dist"), place.live.join("dist/7.js")], 1)
+    );
+    assert_eq!((truth(&place.live), fixed()), (before, [false, false]));
 }

@@ -256,8 +256,8 @@ fn measure(root: &Path, dir: &Path, options: &Rest, accounted: bool) -> Result<(
         );
     }
     println!(
-        "Waiting is the kernel's delay account of all threads; of a step it is read every {} ms, so the last moment of each \
-         is missed.",
+        "Waiting is the kernel's delay account of all threads, read every {} ms and bounded by what each can have waited; \
+         the first and the last moment of a step are missed.",
         STEP_SAMPLE.as_millis()
     );
     if snapshots < SNAPSHOTS_WANTED {
@@ -295,9 +295,9 @@ struct Figures {
 }
 
 /// What was last seen of a step.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct StepSeen {
-    blocked_ticks: u64,
+    waits: proc::Waits,
     read_bytes: u64,
     most_bytes: u64,
 }
@@ -308,7 +308,7 @@ struct StepSeen {
 fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) -> Result<Figures, String> {
     let gone = || "the agent has ended".to_owned();
     let first = proc::stat(agent.pid).filter(|s| s.id == agent).ok_or_else(gone)?;
-    let first_blocked = proc::blocked_ticks(agent.pid);
+    let mut waits = proc::Waits::default();
     let first_read = proc::read_bytes(agent.pid);
     let started = Instant::now();
     let (mut rss, mut anon_most, mut drops) = (Vec::new(), 0, 0);
@@ -334,12 +334,13 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
             rss.push(proc::memory_bytes(agent.pid, "VmRSS").ok_or_else(gone)? as f64 / 1e6);
             anon_most = anon_most.max(proc::memory_bytes(agent.pid, "RssAnon").unwrap_or(0));
         }
+        waits.look(agent.pid);
         for id in proc::children(agent.pid) {
             let ours = || std::fs::read_link(format!("/proc/{}/exe", id.pid)).is_ok_and(|p| p == binary);
             let entry = seen.entry(id).or_insert_with(|| ours().then(StepSeen::default));
             if let Some(step) = entry {
                 // One that is gone by now says nothing more.
-                step.blocked_ticks = step.blocked_ticks.max(proc::blocked_ticks(id.pid));
+                step.waits.look(id.pid);
                 step.read_bytes = step.read_bytes.max(proc::read_bytes(id.pid));
                 step.most_bytes = step.most_bytes.max(proc::memory_bytes(id.pid, "VmRSS").unwrap_or(0));
             }
@@ -357,7 +358,7 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
     let percent =
         |ticks: u64| ticks as f64 / rustix::param::clock_ticks_per_second() as f64 / seconds * 100.0;
     let own = last.own_ticks - first.own_ticks;
-    let steps: Vec<StepSeen> = seen.values().flatten().copied().collect();
+    let steps: Vec<&StepSeen> = seen.values().flatten().collect();
     let read = proc::read_bytes(agent.pid).saturating_sub(first_read)
         + steps.iter().map(|s| s.read_bytes).sum::<u64>();
     Ok(Figures {
@@ -366,8 +367,8 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
         anon_most_mb: anon_most as f64 / 1e6,
         cpu_percent: percent(own + (last.children_ticks - first.children_ticks) + living_ticks),
         own_percent: percent(own),
-        blocked_percent: percent(proc::blocked_ticks(agent.pid).saturating_sub(first_blocked)),
-        steps_blocked_percent: percent(steps.iter().map(|s| s.blocked_ticks).sum()),
+        blocked_percent: percent(waits.ticks),
+        steps_blocked_percent: percent(steps.iter().map(|s| s.waits.ticks).sum()),
         step_most_mb: steps.iter().map(|s| s.most_bytes).max().unwrap_or(0) as f64 / 1e6,
         read_mb: read as f64 / 1e6,
         minutes: seconds / 60.0,

@@ -5,6 +5,7 @@
 //! given to a host runs as root or as the node's user in a cgroup of its own inside the host's, with a deadline, and
 //! nothing of it is left after it. No command can set the clock, which all hosts share with the machine.
 
+use super::bystanders::Bystanders;
 use super::cage;
 use super::judge;
 use super::net::{self, Cut, Switch};
@@ -67,6 +68,8 @@ pub(crate) struct Host {
     binds: Vec<String>,
     /// It is left running when its scenario is over.
     pub(crate) keep: bool,
+    /// Strangers that live on it.
+    pub(crate) bystanders: Option<Bystanders>,
 }
 
 struct Running {
@@ -97,6 +100,7 @@ impl Host {
             running: None,
             binds: Vec::new(),
             keep: false,
+            bystanders: None,
         };
         host.settle()?;
         host.token = judge::read_token(&host);
@@ -277,11 +281,20 @@ impl Host {
         if running.init == 0 { Err(format!("{} is still booting", self.name)) } else { Ok(running.init) }
     }
 
+    fn look_at_bystanders(&self) {
+        if let Some(bystanders) = &self.bystanders
+            && self.init().is_ok()
+        {
+            bystanders.look(self);
+        }
+    }
+
     /// Powers it off by its own systemd; what does not end is crashed and told as an error.
     pub(crate) fn stop(&mut self) -> Result<(), String> {
         if self.running.is_none() {
             return Ok(());
         }
+        self.look_at_bystanders();
         // A host that no longer takes the order is crashed below.
         let _ = self.command(As::Root, "systemctl --no-block poweroff", COMMAND_LIMIT);
         if self.ended_within(STOP_LIMIT) {
@@ -293,6 +306,7 @@ impl Host {
 
     /// Reboots it as its administrator would.
     pub(crate) fn reboot(&mut self) -> Result<(), String> {
+        self.look_at_bystanders();
         self.command(As::Root, "systemctl --no-block reboot", COMMAND_LIMIT)?;
         // nspawn that was told to keep its unit ends here and leaves the next boot to us.
         if !self.ended_within(STOP_LIMIT) {
@@ -305,6 +319,7 @@ impl Host {
 
     /// Every process of the host dies in one kernel operation.
     pub(crate) fn crash(&mut self) -> Result<(), String> {
+        self.look_at_bystanders();
         if let Some(dir) = self.cgroups.first() {
             let file = dir.join("cgroup.kill");
             std::fs::write(&file, "1").map_err(|e| format!("write {}: {e}", file.display()))?;
@@ -490,7 +505,10 @@ impl Drop for Host {
     fn drop(&mut self) {
         if self.keep {
             println!("up: {}", self.how_to_enter());
-        } else if let Some(mut running) = self.running.take() {
+            return;
+        }
+        self.look_at_bystanders();
+        if let Some(mut running) = self.running.take() {
             if let Some(dir) = self.cgroups.first() {
                 let _ = std::fs::write(dir.join("cgroup.kill"), "1");
             }

@@ -6,6 +6,7 @@
 //! to the gateway by the lab itself, processes and files as the kernel shows them, the user's things compared before
 //! and after. Everything lies in a cage (see `cage`), so nothing survives the run, however it ends.
 
+mod bystanders;
 mod cage;
 mod disk;
 mod host;
@@ -22,6 +23,7 @@ mod tool;
 use crate::demo;
 use crate::needs::is_root;
 use crate::run::Tally;
+use bystanders::Bystanders;
 use disk::{Pool, Template};
 use host::Host;
 use net::Switch;
@@ -210,11 +212,18 @@ impl Lab {
         let mut count = Count::default();
         match Site::new(self, name) {
             Ok(site) => {
-                let mut play = Play { site, name, count: Count::default(), hosts: Vec::new() };
+                let mut play = Play {
+                    site,
+                    name,
+                    count: Count::default(),
+                    hosts: Vec::new(),
+                    bystanders: Bystanders::default(),
+                };
                 let result = (scenario.play)(&mut play);
                 if let Err(why) = result {
                     play.count.fail(name, &format!("it could not go on: {why}"));
                 }
+                play.bystanders_live();
                 if play.count.failed > 0 {
                     play.keep_for_a_look();
                 }
@@ -349,6 +358,7 @@ pub(crate) struct Play<'a> {
     count: Count,
     /// For the leave-taking: logs of these hosts are kept when something failed.
     hosts: Vec<(String, String)>,
+    bystanders: Bystanders,
 }
 
 impl Play<'_> {
@@ -383,8 +393,10 @@ impl Play<'_> {
         let binary = demo::binary(&self.site.lab.root);
         let to = root.join("usr/bin/koboshi");
         std::fs::copy(&binary, &to).map_err(|e| format!("copy {}: {e}", binary.display()))?;
+        Bystanders::move_in(&root)?;
         let mut host = self.site.host_on(name, root)?;
         host.keep = self.site.lab.keep;
+        host.bystanders = Some(self.bystanders.clone());
         Ok(host)
     }
 
@@ -441,6 +453,14 @@ impl Play<'_> {
             echo == ; tail -n 100 /tmp/openclaw/*.log 2>/dev/null | cut -c1-400";
         if let Ok(out) = host.root(LOGS) {
             self.hosts.push((host.name.clone(), out.out + &out.err));
+        }
+    }
+
+    /// Nothing that koboshi did not start was ended, however it is called.
+    fn bystanders_live(&mut self) {
+        let (alive, gone) = self.bystanders.seen();
+        if alive > 0 || !gone.is_empty() {
+            self.claim(gone.is_empty(), "every stranger of the same name still lives", || gone.join("; "));
         }
     }
 

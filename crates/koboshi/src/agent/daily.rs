@@ -180,12 +180,14 @@ impl Daily {
         self.deliver_at = Some(now);
     }
 
+    /// The owner's copy is taken, proven and trusted already; one of ours beside it might be of what has changed since.
     pub(super) fn accept(&mut self, now: Moment) {
         self.baseline_at = Some(now);
         self.accepted = true;
-        self.snapshot_at = Some((now, Vec::new(), "accepted by the owner".into()));
-        self.by_hand = true;
+        self.snapshot_at = None;
+        self.settle_at = Some(now);
         self.settled = false;
+        self.trouble = None;
     }
 
     pub(super) fn snapshot_by_hand(&mut self, now: Moment, note: &str) {

@@ -312,6 +312,7 @@ impl Agent {
         self.watch_files();
         self.keep_known();
         self.follow_gateway();
+        self.recall_sources();
         let open = self.book.state().incident.is_some();
         let idle = self.gateway.is_none() && self.node.gateway().is_none();
         let own = self.service.embedded() && self.errand.is_none();

@@ -1,5 +1,6 @@
 //! What every command works with, and what several of them ask.
 
+use super::kept;
 use crate::agent::book::{self, Book};
 use crate::agent::status::Status;
 use crate::agent::will::Will;
@@ -7,7 +8,6 @@ use crate::config::{Config, ServiceChoice};
 use crate::patient::{self, Service};
 use crate::places::Places;
 use crate::print::Printer;
-use crate::step;
 use engine::{Finding, State, Verdict};
 use host::clock::Deadline;
 use host::files::LockFile;
@@ -52,7 +52,7 @@ impl Desk {
 
     /// The store, or what to do about there being none.
     pub(super) fn store(&self) -> Result<Store> {
-        step::open_store(&self.places)?.ok_or_else(|| {
+        kept::open(self)?.ok_or_else(|| {
             Error::new(
                 Kind::NotFound,
                 "open the store",

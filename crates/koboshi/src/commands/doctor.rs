@@ -4,12 +4,13 @@
 //! one thing that is tried on the disk is whether directories can be exchanged, with two empty ones beside the program.
 
 use super::check::node_json;
-use super::desk::{Desk, Fields, ago, newest_first, seconds};
+use super::desk::{Desk, Fields, ago, seconds};
+use super::kept::{self, Kept};
 use super::{judging, key, unit};
 use crate::config::Mode;
 use crate::print::{Exit, bytes};
 use crate::voice::Standing;
-use crate::{agent, space, spare, step};
+use crate::{agent, spare};
 use host::clock::{self, Deadline};
 use host::container::{Containers, Strength};
 use host::exchange::{self, Method};
@@ -100,12 +101,13 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     };
     the_agent(desk, &mut found);
     hands(desk, &mut found);
-    snapshots(desk, &mut found);
-    the_key(desk, &mut found);
+    let kept = kept::ask(desk);
+    snapshots(desk, &kept, &mut found);
+    the_key(desk, &kept, &mut found);
     clock_right(&mut found);
     alerts(desk, &mut found);
     if let Some(node) = &node {
-        disk(desk, node, &mut found);
+        disk(desk, node, &kept, &mut found);
         containers(desk, node, &mut found);
         runtime(node, &mut found);
         switching(node, &mut found);
@@ -207,50 +209,29 @@ fn hands(desk: &Desk, found: &mut Findings) {
     }
 }
 
-fn snapshots(desk: &Desk, found: &mut Findings) {
-    let store = match step::open_store(&desk.places) {
-        Ok(Some(store)) => store,
-        Ok(None) => {
-            found.blocks(
-                "snapshot",
-                "there is no snapshot: only a restart could be tried",
-                "koboshi install",
-            );
-            return;
-        }
-        Err(e) => {
-            found.blocks(
-                "snapshot",
-                e.to_string(),
-                e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()),
-            );
-            return;
-        }
-    };
-    let all = match newest_first(&store) {
-        Ok(all) => all,
-        Err(e) => {
-            found.blocks(
-                "snapshot",
-                e.to_string(),
-                e.hint.unwrap_or_else(|| "koboshi snapshot verify".into()),
-            );
-            return;
-        }
-    };
-    let unreadable = store.unreadable().map_or(0, |u| u.len());
-    if unreadable > 0 {
+fn snapshots(desk: &Desk, kept: &Kept, found: &mut Findings) {
+    if let Some(trouble) = &kept.trouble {
+        let hint = trouble.hint.clone().unwrap_or_else(|| "koboshi snapshot verify".into());
+        found.blocks("snapshot", trouble.to_string(), hint);
+        return;
+    }
+    if !kept.there {
+        let what = "there is no snapshot: only a restart could be tried";
+        found.blocks("snapshot", what, "koboshi install");
+        return;
+    }
+    if kept.unreadable > 0 {
         found.warns(
             "store",
-            format!("{unreadable} snapshots cannot be read"),
+            format!("{} snapshots cannot be read", kept.unreadable),
             "koboshi snapshot verify says why",
         );
     }
     let settle = desk.config.backup.settle_s;
-    match all.iter().find(|i| i.trust.trusted()) {
+    match &kept.good {
         None => found.blocks(
             "snapshot",
-            format!("{} snapshots, none of them good yet: only a restart could be tried", all.len()),
+            format!("{} snapshots, none of them good yet: only a restart could be tried", kept.count),
             format!("let the node serve for {settle} s under a running agent, or koboshi accept"),
         ),
         Some(good) => {
@@ -272,9 +253,9 @@ fn snapshots(desk: &Desk, found: &mut Findings) {
     }
 }
 
-fn the_key(desk: &Desk, found: &mut Findings) {
+fn the_key(desk: &Desk, kept: &Kept, found: &mut Findings) {
     if !desk.places.key_file.exists() {
-        if desk.places.store().is_dir() {
+        if kept.there {
             let fix = format!("bring {} back from where you keep a copy", desk.places.key_file.display());
             found.blocks("key", "the store's key is gone: no snapshot can be read", fix);
         }
@@ -316,7 +297,7 @@ fn alerts(desk: &Desk, found: &mut Findings) {
     }
 }
 
-fn disk(desk: &Desk, node: &Node, found: &mut Findings) {
+fn disk(desk: &Desk, node: &Node, kept: &Kept, found: &mut Findings) {
     for (id, path) in [("disk", desk.places.state_dir.as_path()), ("node-disk", node.prefix.as_path())] {
         let space = match files::free(path) {
             Ok(space) => space,
@@ -340,7 +321,8 @@ fn disk(desk: &Desk, node: &Node, found: &mut Findings) {
             found.ok(id, format!("{free} free at {}", path.display()));
         }
     }
-    if let Ok(limit) = space::limit_bytes(&desk.config, &desk.places) {
+    if kept.trouble.is_none() {
+        let limit = kept.limit_bytes;
         let program = files::tree_size(&node.package_dir, 1_000_000).map_or(0, |s| s.bytes);
         // Measured: a program of 545 MB is kept in about a fifth of that.
         if limit < program / 3 {

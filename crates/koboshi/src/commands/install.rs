@@ -6,14 +6,14 @@
 use super::check::{self, node_json};
 use super::desk::{Desk, Fields, newest_first};
 use super::unit::{self, OwnUnit};
-use super::{judging, readiness, snapshots};
+use super::{judging, kept, readiness, snapshots};
 use crate::cli::{Cli, Install};
 use crate::config::{self, NodeHint};
 use crate::patient;
 use crate::places::{self, Places};
 use crate::print::{Exit, Printer, bytes};
 use crate::voice::Standing;
-use crate::{space, spare, step};
+use crate::{space, spare};
 use engine::Verdict;
 use host::clock::{self, Deadline};
 use host::run::Ids;
@@ -72,7 +72,7 @@ struct Lines {
 pub(super) fn run(cli: &Cli, options: &Install, printer: Printer) -> Result<Exit> {
     let desk = desk(cli, options, printer)?;
     let plan = plan(&desk, options)?;
-    let disk = readiness::look(&desk, &plan.node);
+    let disk = readiness::look(&desk, &plan.node, &kept::ask(&desk));
     let layers = readiness::layers(&desk, &plan.node, &disk);
     tell(&desk, &plan, &layers)?;
     let base = json(&desk, &plan, &layers)?;
@@ -140,7 +140,7 @@ fn plan(desk: &Desk, options: &Install) -> Result<Plan> {
         (Err(e), None) => return Err(e),
     };
     let config_text = (!desk.places.config_file.exists()).then(|| config_text(&asked));
-    let snapshots = step::open_store(&desk.places)?.map_or(Ok(Vec::new()), |s| newest_first(&s))?;
+    let snapshots = kept::open(desk)?.map_or(Ok(Vec::new()), |s| newest_first(&s))?;
     let service = service_plan(desk, options, &node)?;
     Ok(Plan {
         remember: remembered.as_ref() != Some(&node),
@@ -410,8 +410,10 @@ fn carry_out(desk: &Desk, plan: &Plan) -> Result<Done> {
         let baseline = Baseline::take(&plan.node, Vec::new(), clock::now(), Deadline::after(BASELINE_LIMIT))?;
         patient::set_baseline(&desk.places, &baseline)?;
     }
-    let snapshot =
-        plan.first_snapshot.then(|| snapshots::take(desk, &plan.node, "first, at install")).transpose()?;
+    let snapshot = plan
+        .first_snapshot
+        .then(|| snapshots::take(desk, &plan.node, &desk.baseline(), "first, at install"))
+        .transpose()?;
     if let Some(info) = &snapshot {
         let settle = desk.config.backup.settle_s;
         p.line(format!("First snapshot {}: {}.", info.id, snapshots::amount(info)));

@@ -15,6 +15,7 @@ mod generated;
 mod incidents;
 mod install;
 mod judging;
+mod kept;
 mod key;
 mod pausing;
 mod readiness;
@@ -70,6 +71,7 @@ pub fn run(cli: &Cli, printer: Printer) -> Result<Exit> {
         Command::Alert(AlertCommand::Test) => alerts::test(&desk()?),
         Command::Key(KeyCommand::Export) => key::export(&desk()?),
         Command::Fleet { what } => fleet::run(&desk()?, what.as_ref()),
+        Command::Kept => kept::tell(&desk()?),
         Command::Completions { shell } => generated::completions(*shell, printer),
         Command::Man { dir } => generated::man(dir, printer),
         Command::Guard(_)

@@ -1,9 +1,9 @@
 //! Which layers could work now, and why not: the same answer in `status`, `install`, `doctor` and `recover --dry-run`.
 
 use super::desk::{Desk, Fields};
+use super::kept::Kept;
 use crate::agent::incident::keeps_from_starting;
 use crate::reinstall;
-use crate::step;
 use engine::{Finding, Layer, Rung};
 use host::clock::Deadline;
 use node::{Node, gates, triage};
@@ -33,17 +33,15 @@ pub(super) struct Disk {
     pub(super) peers: usize,
 }
 
-/// A quick look: what costs milliseconds, and the store's list.
-pub(super) fn look(desk: &Desk, node: &Node) -> Disk {
+/// A quick look: what costs milliseconds, and what the store said.
+pub(super) fn look(desk: &Desk, node: &Node, kept: &Kept) -> Disk {
     let findings =
         triage::examine(node, &desk.baseline(), triage::Depth::Quick, Deadline::after(LOOK_LIMIT)).findings;
-    let good = step::open_store(&desk.places)
-        .and_then(|store| store.map_or(Ok(None), |s| s.newest_trusted(None)))
-        .map(|info| info.map(|i| i.id));
-    let peers = desk.config.peer.len();
-    match good {
-        Ok(good) => Disk { findings, good, store_trouble: None, peers },
-        Err(e) => Disk { findings, good: None, store_trouble: Some(e.to_string()), peers },
+    Disk {
+        findings,
+        good: kept.good.as_ref().map(|i| i.id.clone()),
+        store_trouble: kept.trouble.as_ref().map(ToString::to_string),
+        peers: desk.config.peer.len(),
     }
 }
 

@@ -8,12 +8,11 @@
 
 use super::check::{self, node_json};
 use super::desk::{Desk, Fields, findings_json, verdict_name, verdict_why};
-use super::{incidents, judging, readiness};
+use super::{incidents, judging, kept, readiness};
 use crate::cli::Recover;
 use crate::config::Mode;
 use crate::control::{self, Order};
 use crate::print::{Exit, duration};
-use crate::step;
 use engine::state::{HoldKind, Stage};
 use engine::{Event, Ladder, Layer, Moment, Outcome, Record, State, Verdict};
 use host::clock::{self, Deadline};
@@ -140,13 +139,18 @@ fn layer(name: &str) -> Result<Layer> {
 fn examine(desk: &Desk, node: &Node, care: Care) -> Result<Examination> {
     let bar = desk.printer.spinner("looking at the disk");
     // A store that cannot be used is a reason why a layer does not apply, not why the node cannot be looked at.
-    let store = step::open_store(&desk.places).unwrap_or_default();
+    let store = kept::open(desk);
+    let usable = store.as_ref().ok().and_then(Option::as_ref);
     let baseline = desk.baseline();
     let proof = layers::install::Proof::load(&desk.places.state_dir).unwrap_or_default();
     let deadline = Deadline::after(EXAMINE_LIMIT);
-    let exam = layers::examine(node, store.as_ref(), Some(&baseline), proof.as_ref(), care, deadline);
+    let exam = layers::examine(node, usable, Some(&baseline), proof.as_ref(), care, deadline);
     bar.done();
-    exam
+    let mut exam = exam?;
+    if let Err(e) = store {
+        exam.notice(format!("the store cannot be used: {}", e.why));
+    }
+    Ok(exam)
 }
 
 fn refuse_hands_off(desk: &Desk) -> Result<()> {
@@ -171,7 +175,7 @@ fn dry_run(desk: &Desk, node: &Node, seen: &Judgement, exam: &Examination, only:
     let disk = readiness::Disk {
         findings: exam.findings.clone(),
         good: exam.snapshot.clone(),
-        store_trouble: step::open_store(&desk.places).err().map(|e| e.to_string()),
+        store_trouble: kept::ask(desk).trouble.map(|t| t.to_string()),
         peers: desk.config.peer.len(),
     };
     let mut ready = readiness::layers(desk, node, &disk);

@@ -1,6 +1,7 @@
 //! `koboshi snapshot`: the store at the command line. Nothing here touches the node.
 
 use super::desk::{Desk, Fields, ago, newest_first, seconds};
+use super::kept;
 use crate::cli::Snapshot;
 use crate::control::{self, Order};
 use crate::print::{Exit, bytes, duration};
@@ -8,7 +9,7 @@ use crate::{space, step};
 use engine::Class;
 use host::clock::Deadline;
 use host::{Context, Error, Kind, Result};
-use node::Node;
+use node::{Baseline, Node};
 use serde_json::Value;
 use std::path::Path;
 use std::time::Duration;
@@ -38,7 +39,7 @@ pub(super) fn run(desk: &Desk, what: Option<&Snapshot>) -> Result<Exit> {
 fn create(desk: &Desk, note: &str) -> Result<Exit> {
     let node = desk.node()?;
     let serves = desk.status().is_some_and(|s| s.verdict.is_serving() && s.confirmed);
-    let info = if serves { by_agent(desk, note)? } else { take(desk, &node, note)? };
+    let info = if serves { by_agent(desk, note)? } else { take(desk, &node, &desk.baseline(), note)? };
     let p = desk.printer;
     p.line(format!("Snapshot {} of {}: {}.", info.id, node.name, amount(&info)));
     p.line(if serves {
@@ -78,14 +79,14 @@ fn newest_number(desk: &Desk) -> Option<u64> {
 }
 
 /// Takes one in this process, with progress.
-pub(super) fn take(desk: &Desk, node: &Node, note: &str) -> Result<SnapshotInfo> {
+pub(super) fn take(desk: &Desk, node: &Node, baseline: &Baseline, note: &str) -> Result<SnapshotInfo> {
     desk.places.make()?;
+    kept::open(desk)?;
     let bar = desk.printer.spinner(&format!("taking a snapshot of {}", node.name));
-    let baseline = desk.baseline();
     let info = step::snapshot(
         &desk.places,
         node,
-        Some(&baseline),
+        Some(baseline),
         &[],
         note,
         &mut |progress| bar.set(progress.bytes, 0),
@@ -97,7 +98,7 @@ pub(super) fn take(desk: &Desk, node: &Node, note: &str) -> Result<SnapshotInfo>
 
 fn list(desk: &Desk) -> Result<Exit> {
     let p = desk.printer;
-    let Some(store) = step::open_store(&desk.places)? else {
+    let Some(store) = kept::open(desk)? else {
         p.line(format!(
             "There is no store in {} yet: koboshi install sets it up.",
             desk.places.store().display()

@@ -1,16 +1,16 @@
 //! `koboshi status`: one screen. With a running agent the verdict is the agent's, who has looked for longer than one look
 //! can (confirmed, unsteady, why); without its fresh word the node is looked at here. Whose word it is is always said.
 
-use super::desk::{Desk, Fields, ago, date, findings_json, newest_first, seconds, verdict_name, verdict_why};
+use super::desk::{Desk, Fields, ago, date, findings_json, seconds, verdict_name, verdict_why};
+use super::kept::{self, Kept};
 use super::{check, incidents, judging, readiness};
 use crate::agent::status::Status;
 use crate::print::{Exit, bytes, duration};
 use crate::voice::Standing;
-use crate::{space, step};
 use engine::{Class, Verdict};
+use host::Result;
 use host::clock;
 use host::process::ProcessId;
-use host::{Error, Result};
 use layers::install::Moved;
 use node::Node;
 use serde_json::Value;
@@ -20,15 +20,6 @@ use store::SnapshotInfo;
 const INCIDENTS: usize = 5;
 /// The agent publishes at least every 30 s while its loop turns; an older word than this is not its word of now.
 const FRESH_MS: u64 = 90_000;
-
-/// What the store says.
-#[derive(Debug, Default)]
-struct Kept {
-    snapshots: Vec<SnapshotInfo>,
-    bytes: u64,
-    limit_bytes: u64,
-    trouble: Option<Error>,
-}
 
 /// One screen.
 pub(super) fn run(desk: &Desk) -> Result<Exit> {
@@ -43,8 +34,8 @@ pub(super) fn run(desk: &Desk) -> Result<Exit> {
     };
     let (state, _) = desk.book()?;
     let emergency = state.in_emergency();
-    let kept = kept(desk);
-    let disk = readiness::look(desk, &node);
+    let kept = kept::ask(desk);
+    let disk = readiness::look(desk, &node, &kept);
     let layers = readiness::layers(desk, &node, &disk);
     let recent = incidents::newest(desk, INCIDENTS)?;
 
@@ -196,21 +187,6 @@ fn agent_json(agent: Option<ProcessId>, status: Option<&Status>) -> Value {
         .done()
 }
 
-fn kept(desk: &Desk) -> Kept {
-    let read = || -> Result<Kept> {
-        let limit_bytes = space::limit_bytes(&desk.config, &desk.places)?;
-        let Some(store) = step::open_store(&desk.places)? else {
-            return Ok(Kept { limit_bytes, ..Kept::default() });
-        };
-        Ok(Kept { snapshots: newest_first(&store)?, bytes: store.size()?.bytes, limit_bytes, trouble: None })
-    };
-    read().unwrap_or_else(|e| Kept { trouble: Some(e), ..Kept::default() })
-}
-
-fn newest_good(kept: &Kept) -> Option<&SnapshotInfo> {
-    kept.snapshots.iter().find(|i| i.trust.trusted())
-}
-
 fn snapshot_lines(desk: &Desk, kept: &Kept) {
     let p = desk.printer;
     if let Some(e) = &kept.trouble {
@@ -221,12 +197,12 @@ fn snapshot_lines(desk: &Desk, kept: &Kept) {
         return;
     }
     let disk = format!("{} of at most {}", bytes(kept.bytes), bytes(kept.limit_bytes));
-    let good = match newest_good(kept) {
+    let good = match &kept.good {
         Some(info) => format!("newest good {} taken {}", info.id, ago(info.taken)),
         None => p.yellow("none is good yet"),
     };
-    p.line(format!("snapshots  {} kept, {good}; {disk}", kept.snapshots.len()));
-    if let Some(info) = newest_good(kept) {
+    p.line(format!("snapshots  {} kept, {good}; {disk}", kept.count));
+    if let Some(info) = &kept.good {
         p.line(format!("           good copies, last seen unchanged: {}", copies(info)));
     }
 }
@@ -256,7 +232,7 @@ fn age_s(at: jiff::Timestamp) -> u64 {
 }
 
 fn kept_json(kept: &Kept) -> Value {
-    let good = newest_good(kept);
+    let good = kept.good.as_ref();
     let ages = good.map(|info| {
         info.classes
             .iter()
@@ -264,7 +240,7 @@ fn kept_json(kept: &Kept) -> Value {
             .collect::<serde_json::Map<String, Value>>()
     });
     Fields::default()
-        .put("count", kept.snapshots.len())
+        .put("count", kept.count)
         .maybe("newest_good", good.map(|i| i.id.clone()))
         .maybe("good_age_s", ages)
         .put("store_bytes", kept.bytes)

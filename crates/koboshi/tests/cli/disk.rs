@@ -2,10 +2,12 @@
 
 use crate::agent::until;
 use crate::fake::Fake;
-use crate::gateway::Agent;
+use crate::gateway::{Agent, PATIENCE};
+use host::clock::Deadline;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// Set where mounts are nobody else's.
 const OWN_MOUNTS: &str = "KOBOSHI_TEST_OWN_MOUNTS";
@@ -52,9 +54,9 @@ fn in_own_mounts(name: &str) -> bool {
         .env(OWN_MOUNTS, "1")
         .output()
         .unwrap();
-    assert!(String::from_utf8_lossy(&there.stdout).contains("1 passed"), "no test of this name was run");
     let words = [there.stdout, there.stderr].map(|w| String::from_utf8_lossy(&w).into_owned());
     assert!(there.status.success(), "{}", words.join("\n"));
+    assert!(words[0].contains("1 passed"), "no test of this name was run");
     false
 }
 
@@ -104,4 +106,60 @@ fn a_node_on_a_full_disk_is_given_room_and_stands_up_as_root() {
     std::fs::remove_file(disk.at.join("filler")).unwrap();
     fake.koboshi(&["snapshot", "create"]).code(0);
     until(&fake, "a new reserve", |_| reserve.exists());
+}
+
+/// A file system that nobody answers for: whoever looks into it waits for ever.
+struct Mute {
+    holder: std::process::Child,
+    at: PathBuf,
+}
+
+impl Mute {
+    fn over(at: &Path) -> Mute {
+        let script = "exec 3<>/dev/fuse; \
+            mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 mute \"$0\" && exec sleep 600";
+        let holder = Command::new("sh").args(["-c", script]).arg(at).spawn().unwrap();
+        let mute = Mute { holder, at: at.to_owned() };
+        let deadline = Deadline::after(PATIENCE);
+        while !std::fs::read_to_string("/proc/self/mounts")
+            .unwrap()
+            .contains(&format!("mute {}", at.display()))
+        {
+            assert!(!deadline.passed(), "no /dev/fuse, or no right to mount");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        mute
+    }
+}
+
+impl Drop for Mute {
+    #[allow(clippy::disallowed_methods, reason = "it was killed")]
+    fn drop(&mut self) {
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+        tool(Command::new("umount").arg("-l").arg(&self.at));
+    }
+}
+
+#[test]
+fn a_store_that_never_answers_holds_no_command_up_as_root() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    if !in_own_mounts("disk::a_store_that_never_answers_holds_no_command_up_as_root") {
+        return;
+    }
+    let fake = Fake::new();
+    fake.start_gateway();
+    fake.koboshi(&["accept"]).code(0);
+    let mute = Mute::over(&fake.koboshi_state().join("store"));
+    let silent = "did not answer within";
+    fake.koboshi(&["status"]).code(0).says(silent).says("serving");
+    fake.koboshi(&["doctor"]).code(1).says(silent).says("dmesg");
+    fake.koboshi(&["recover", "--dry-run"]).code(0).says(silent);
+    for asks in [&["snapshot", "list"][..], &["snapshot", "verify"], &["snapshot", "create"], &["accept"]] {
+        fake.koboshi(asks).code(1).says(silent);
+    }
+    drop(mute);
+    fake.koboshi(&["snapshot", "list"]).code(0).says("good");
 }

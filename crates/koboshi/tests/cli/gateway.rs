@@ -4,6 +4,7 @@ use crate::fake::Fake;
 use host::clock::Deadline;
 use host::process::{PidFd, ProcessId};
 use serde_json::json;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 pub const PATIENCE: Duration = Duration::from_secs(40);
@@ -123,4 +124,48 @@ fn what_is_accepted_is_trusted_and_what_is_down_is_not_accepted() {
     assert!(object["snapshots"]["newest_good"].is_string(), "{object}");
     let layers = object["layers"].as_array().unwrap();
     assert_eq!(layers.iter().find(|l| l["layer"] == "restore").unwrap()["ready"], true);
+}
+
+#[test]
+fn what_is_deleted_while_it_is_accepted_is_not_trusted() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    let trusted = || fake.json(&["status"]).0["snapshots"]["newest_good"].clone();
+    let of_program = fake.package().join("dist/many");
+    let of_user = fake.state().join("workspace/many");
+    for (tree, words) in
+        [(of_program, "differences from the candidate"), (of_user, "deleted while the copy was taken")]
+    {
+        let file = |n: u32| tree.join(format!("{n:05}.md"));
+        std::fs::create_dir(&tree).unwrap();
+        (0..MANY).for_each(|n| std::fs::write(file(n), "x").unwrap());
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _ended = Ended(&stop);
+            scope.spawn(|| {
+                for n in (0..MANY).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                    std::fs::remove_file(file(n)).unwrap();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            fake.koboshi(&["accept"]).code(1).says(words).says("run koboshi accept again");
+        });
+        assert!(file(MANY - 1).exists(), "all was gone before it was accepted");
+        assert_eq!(trusted(), serde_json::Value::Null);
+    }
+    // Once it is still, it is taken.
+    fake.koboshi(&["accept"]).code(0);
+    assert!(trusted().is_string());
+}
+
+/// Deleting so many, one in a millisecond, outlasts what is tried meanwhile.
+const MANY: u32 = 40_000;
+
+/// Tells the other threads of a test that it is over, however it ends.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -93,7 +93,7 @@ pub(super) fn build(
     schema(target, &to, deadline)?;
     trial::run(target, place, &tools.node, &scratch, &to, deadline, report)?;
     let runtime = tools.fetched.as_deref().map(|tarball| runtime(place, tarball)).transpose()?;
-    Ok(Ready { program: to, runtime })
+    Ok(Ready { program: to, runtime, version: package.version.clone() })
 }
 
 /// The program's own description of itself, out of its proven tarball.

@@ -108,8 +108,7 @@ pub fn stage(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
     let deadline = bench.deadline;
     let ready = super::prepare(bench, &target, order, &place, &mut report)?;
     let digest = place.as_owner(|| digest(&ready.program, ready.runtime.as_deref(), deadline))?;
-    let staged =
-        Staged { version: order.version.clone(), program: ready.program, runtime: ready.runtime, digest };
+    let staged = Staged { version: ready.version, program: ready.program, runtime: ready.runtime, digest };
     staged.save(&order.state_dir)?;
     report.did("the program stands ready beside its home");
     Ok(report)
@@ -133,7 +132,7 @@ pub fn go(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
     if now != staged.digest {
         return Err(Error::new(Kind::Corrupt, what, "what stands ready is not what was proven there"));
     }
-    let ready = Ready { program: staged.program, runtime: staged.runtime };
+    let ready = Ready { program: staged.program, runtime: staged.runtime, version: staged.version };
     let back_to = Some(bench.node.clone());
     super::put(bench, &target, order, &place, false, ready, back_to, Report::default())
 }
@@ -187,7 +186,7 @@ pub fn leave(state_dir: &Path, store: &Store) -> Result<Option<String>> {
     if !at_home {
         return Ok(None);
     }
-    user_install::forget_command(&moved.away)?;
+    user_install::command_for(&moved.away, &mut Report::default())?;
     // Ours by its very name; and whatever lies there is removed with the rights of whose home it is.
     let ours = super::away(&moved.home).prefix;
     if left.prefix == ours {

@@ -29,6 +29,7 @@ pub use switch::{Pending, settle, take_back};
 use crate::{Bench, Report, quiet};
 use host::registry::Registry;
 use host::{Error, Kind, Result};
+use node::range::Version;
 use node::{Node, service};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -41,6 +42,8 @@ const ASK_LIMIT: Duration = Duration::from_secs(15);
 const LIST_LIMIT: Duration = Duration::from_secs(8);
 /// What is left to do once the gateway has ended: renames, a link, a unit.
 const NEEDS: Duration = Duration::from_secs(3);
+/// What [`Order::version`] says where no version that ever served here can open the data any more.
+pub const NEWEST: &str = "latest";
 /// The package on the registry.
 const PACKAGE: &str = "openclaw";
 /// Where stages and previous trees lie, beside the program's own directory and on its file system, hidden from npm.
@@ -53,7 +56,7 @@ const SERVICE_LIMIT_BYTES: u64 = 8 << 20;
 /// What is to be installed, and where koboshi's own files lie.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// The last good version; a full one, never a tag.
+    /// The last good version, a full one; or [`NEWEST`], and no other tag.
     pub version: String,
     /// The integrity of its tarball as it was recorded when it was good, where it was.
     pub integrity: Option<String>,
@@ -85,9 +88,11 @@ fn prepare(
     place: &Place,
     report: &mut Report,
 ) -> Result<Ready> {
-    if let Some(tree) = old_tree(bench, target) {
+    if order.version != NEWEST
+        && let Some(tree) = old_tree(bench, target)
+    {
         report.did(format!("{} is the whole last good program: no need to fetch it", tree.display()));
-        return Ok(Ready { program: tree, runtime: None });
+        return Ok(Ready { program: tree, runtime: None, version: order.version.clone() });
     }
     let registry = Registry::from_env(place.rc_home.as_deref(), &[])?;
     let package = registry.resolve(
@@ -95,13 +100,9 @@ fn prepare(
         &order.version,
         bench.deadline.min(host::clock::Deadline::after(bench.limits.span(ASK_LIMIT))),
     )?;
-    if package.version != order.version {
-        return Err(Error::new(
-            Kind::Corrupt,
-            format!("ask for {PACKAGE} {}", order.version),
-            format!("the registry offers {} instead", package.version),
-        ));
-    }
+    let served = bench.baseline.and_then(|b| b.version.clone());
+    offered(&order.version, &package.version, &[target.package_version(), served])?;
+    let order = &Order { version: package.version.clone(), ..order.clone() };
     let recorded = order.integrity.as_deref().and_then(host::registry::Integrity::parse);
     if recorded.is_some_and(|recorded| recorded != package.integrity) {
         return Err(Error::new(
@@ -122,6 +123,25 @@ fn prepare(
     outcome
 }
 
+/// Whether what the registry offers is what was asked for. The newest must be newer than what is here: that one could not
+/// open the data.
+fn offered(asked: &str, offered: &str, here: &[Option<String>]) -> Result<()> {
+    let refuse = |why: String| Err(Error::new(Kind::Corrupt, format!("ask for {PACKAGE} {asked}"), why));
+    if asked != NEWEST {
+        return if asked == offered {
+            Ok(())
+        } else {
+            refuse(format!("the registry offers {offered} instead"))
+        };
+    }
+    let parsed = Version::parse(offered);
+    match here.iter().flatten().find(|known| Version::parse(known) >= parsed) {
+        Some(known) => refuse(format!("its newest, {offered}, is no newer than {known}")),
+        None if parsed.is_none() => refuse(format!("it offers {offered:?}, which is no version")),
+        None => Ok(()),
+    }
+}
+
 /// Whether the registry that an install would use describes the version that it would ask for.
 #[must_use]
 pub fn registry_answers(node: &Node, order: &Order, deadline: host::clock::Deadline) -> bool {
@@ -139,6 +159,8 @@ struct Ready {
     program: PathBuf,
     /// A runtime's tree, where the node needs one.
     runtime: Option<PathBuf>,
+    /// The program's version.
+    version: String,
 }
 
 /// A complete old tree that an interrupted npm left in its staging name: proven against the trusted snapshot.
@@ -171,6 +193,7 @@ fn put(
     back_to: Option<Node>,
     mut report: Report,
 ) -> Result<Report> {
+    let order = &Order { version: ready.version, ..order.clone() };
     let target = &if ready.runtime.is_some() { moved::with_own_runtime(target) } else { target.clone() };
     // A proof of the tree in its final place, for whoever looks at the disk later without any store.
     let began = host::clock::now();
@@ -299,4 +322,26 @@ fn link(target: &Node) -> Result<()> {
     let _ = std::fs::remove_file(&fresh);
     std::os::unix::fs::symlink(&to, &fresh).context(what)?;
     std::fs::rename(&fresh, &link).context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_asked_for_or_something_newer_than_all_that_is_here_is_taken() {
+        let here = |all: &[&str]| all.iter().map(|v| Some((*v).to_owned())).chain([None]).collect::<Vec<_>>();
+        for (asked, got, known, taken) in [
+            ("2026.9.6", "2026.9.6", &["2026.9.6"][..], true),
+            ("2026.9.6", "2026.9.7", &[], false),
+            (NEWEST, "2026.10.1", &["2026.9.6", "2026.10.0"], true),
+            (NEWEST, "2026.10.1", &["2026.9.6", "2026.10.1"], false),
+            (NEWEST, "2026.9.5", &["2026.9.6"], false),
+            (NEWEST, "2026.9.5", &[], true),
+            (NEWEST, "nonsense", &[], false),
+            (NEWEST, "nonsense", &["2026.9.6"], false),
+        ] {
+            assert_eq!(offered(asked, got, &here(known)).is_ok(), taken, "{asked} {got} {known:?}");
+        }
+    }
 }

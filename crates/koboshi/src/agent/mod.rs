@@ -60,6 +60,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How long an agent that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(2);
+const DYING_LOOK: Duration = Duration::from_millis(20);
+
 /// Asking the service manager takes 10 to 30 ms; more is a manager in trouble.
 const MANAGER_LIMIT: Duration = Duration::from_secs(5);
 /// While all is well systemd is asked this rarely: the process itself is watched anyway.
@@ -163,22 +167,33 @@ pub struct Agent {
     language: alert::Language,
 }
 
+/// The lock that makes this the node's only agent. One that was just killed holds it until the kernel has closed its files,
+/// a moment after it is seen to be dead: whoever is started in its place must not give up over that.
+fn sole(places: &Places) -> Result<LockFile> {
+    let wait = Deadline::after(DYING);
+    loop {
+        if let Some(lock) = LockFile::try_take(&places.lock())? {
+            return Ok(lock);
+        }
+        if wait.passed() {
+            let holder = LockFile::holder(&places.lock());
+            let holder = holder.map_or_else(String::new, |pid| format!(" (process {pid})"));
+            let why = format!("another koboshi agent guards it{holder}");
+            return Err(
+                Error::new(Kind::Usage, "guard the node", why).hint("koboshi status shows what it does")
+            );
+        }
+        std::thread::sleep(DYING_LOOK);
+    }
+}
+
 /// Runs the agent until it is told to end.
 pub fn run(config: Config, places: Places, options: &Guard, printer: Printer) -> Result<Exit> {
     if let Some(parent) = options.errand {
         orders::end_with(parent)?;
     }
     places.make()?;
-    let Some(_lock) = LockFile::try_take(&places.lock())? else {
-        let holder =
-            LockFile::holder(&places.lock()).map_or_else(String::new, |pid| format!(" (process {pid})"));
-        return Err(Error::new(
-            Kind::Usage,
-            "guard the node",
-            format!("another koboshi agent guards it{holder}"),
-        )
-        .hint("koboshi status shows what it does"));
-    };
+    let _lock = sole(&places)?;
     let mut config = config;
     if options.watch {
         config.mode = Mode::Watch;

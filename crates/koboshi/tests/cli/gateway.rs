@@ -2,6 +2,7 @@
 
 use crate::fake::Fake;
 use host::clock::Deadline;
+use host::files::LockFile;
 use host::process::{PidFd, ProcessId};
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,14 +20,19 @@ impl Agent {
     /// Starts one and waits until it has judged that the node serves.
     pub fn start(fake: &Fake) -> Agent {
         let agent = Agent::launch(fake);
+        agent.serves(fake);
+        agent
+    }
+
+    fn serves(&self, fake: &Fake) {
         let deadline = Deadline::after(PATIENCE);
         loop {
             let (object, _) = fake.json(&["status"]);
             if object["agent"]["confirmed"] == true && object["verdict"] == "serving" {
-                return agent;
+                return;
             }
             let log = || std::fs::read_to_string(fake.path("agent.log")).unwrap_or_default();
-            assert!(!deadline.passed() && !agent.fd.exited(), "{object}\n{}", log());
+            assert!(!deadline.passed() && !self.fd.exited(), "{object}\n{}", log());
             std::thread::sleep(Duration::from_millis(100));
         }
     }
@@ -124,6 +130,21 @@ fn what_is_accepted_is_trusted_and_what_is_down_is_not_accepted() {
     assert!(object["snapshots"]["newest_good"].is_string(), "{object}");
     let layers = object["layers"].as_array().unwrap();
     assert_eq!(layers.iter().find(|l| l["layer"] == "restore").unwrap()["ready"], true);
+}
+
+#[test]
+fn the_next_agent_waits_for_one_that_is_dying() {
+    let fake = Fake::new();
+    fake.start_gateway();
+    let dir = fake.path("k/run");
+    host::files::make_private_dir(&dir).unwrap();
+    // A killed process is seen to be dead before the kernel has closed its files.
+    let dying = LockFile::try_take(&dir.join("agent.lock")).unwrap().unwrap();
+    let agent = Agent::launch(&fake);
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!agent.fd.exited());
+    drop(dying);
+    agent.serves(&fake);
 }
 
 #[test]

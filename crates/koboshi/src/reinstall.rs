@@ -118,6 +118,12 @@ fn common(node: &Node, seen: Seen<'_>) -> Result<(), String> {
     if seen.snapshot.is_some() && !seen.findings.iter().any(made) {
         return Err("program, runtime and service files are whole: there is nothing to install".to_owned());
     }
+    // Made anew it would be refused for the same reason, minutes later.
+    if let Some(newer) = seen.findings.iter().find(|f| f.kind == FaultKind::SchemaNewer)
+        && node.package_version().as_deref() == seen.version
+    {
+        return Err(format!("no newer version is known to have served here, and {}", newer.what));
+    }
     if let Some(available) = host::pressure::available_bytes()
         && available < MEMORY_BYTES
     {
@@ -202,5 +208,20 @@ mod tests {
         lies("2026.10.2");
         assert_eq!((to(&newer, 1), to(&newer, 2)), ("2026.10.2".into(), "latest".into()));
         assert_eq!(to(&[], 2), "2026.9.6", "only for the data's sake");
+
+        let asks = |version: &str, findings: &[Finding]| {
+            common(&node, Seen { version: Some(version), snapshot: Some("1"), findings })
+                .err()
+                .unwrap_or_default()
+        };
+        assert!(asks("2026.10.2", &newer).contains("no newer version is known"), "it lies there already");
+        assert!(asks("2026.9.6", &[]).contains("nothing to install"));
+        for version in [install::NEWEST, "2026.10.3"] {
+            let why = asks(version, &newer);
+            assert!(
+                !why.contains("no newer version") && !why.contains("nothing to install"),
+                "{version}: {why}"
+            );
+        }
     }
 }

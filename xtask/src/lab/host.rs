@@ -178,12 +178,21 @@ impl Host {
         Ok(())
     }
 
-    /// Fills the disk on which a directory lies, to the last block; as root, so nothing is kept back.
+    /// Fills the disk on which a directory lies until not one small file more can be written; as root, so nothing is kept
+    /// back. The number of free blocks says little: a file system may keep some that it gives to nobody.
     pub(crate) fn fill(&self, inside: &str) -> Result<(), String> {
-        // It ends with "no space left", which is what is wanted.
-        self.root(&format!("cat /dev/zero > {inside}/.lab-filler; sync {inside}/.lab-filler"))?;
-        let free = self.must(&format!("stat -f -c %a {inside}"))?;
-        if free == "0" { Ok(()) } else { Err(format!("{inside} still has {free} blocks")) }
+        let (filler, probe) = (format!("{inside}/.lab-filler"), format!("{inside}/.lab-probe"));
+        // What large writes are refused small ones still get: the file system keeps room for what it has only promised.
+        let small =
+            format!("dd if=/dev/zero of={filler} bs=4096 count=1 oflag=append,sync conv=notrunc 2>/dev/null");
+        let tried =
+            format!("dd if=/dev/zero of={probe} bs=4096 count=1 conv=fsync 2>/dev/null && echo written");
+        let script = format!(
+            "cat /dev/zero > {filler} 2>/dev/null; sync {filler}; for i in $(seq 5000); do {small} || break; done; \
+             {tried}; rm -f {probe}"
+        );
+        let out = self.root(&script)?;
+        if out.out.contains("written") { Err(format!("{inside} still takes a file")) } else { Ok(()) }
     }
 
     /// Makes the disk on which a directory lies stick for this host: whoever reads what is not in memory waits for it,

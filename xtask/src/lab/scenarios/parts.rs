@@ -188,14 +188,19 @@ pub(super) fn disks(play: &mut Play) -> Result<(), String> {
     host.boot()?;
     let hello = judge::serves_within(&host, START);
     play.expect(hello, "a node whose state lies on a disk of its own serves");
+    // A gateway that runs gives room back again and again.
+    host.claw_must("systemctl --user stop openclaw-gateway.service")?;
     host.fill("/home/claw/.openclaw")?;
-    let out = host.claw("echo more > .openclaw/workspace/more && sync .openclaw/workspace/more")?;
-    play.claim(!out.ok() && out.err.contains("No space left"), "filled, it takes nothing more", || {
+    // Some last blocks it gives to some writes and not to others.
+    let out =
+        host.claw("head -c 200000 /dev/zero > .openclaw/workspace/more && sync .openclaw/workspace/more")?;
+    play.claim(!out.ok() && out.err.contains("No space left"), "filled, it takes no file of 200 KB", || {
         out.words()
     });
     host.unfill("/home/claw/.openclaw")?;
     let out = host.claw("echo more > .openclaw/workspace/more")?;
     play.claim(out.ok(), "unfilled, it does", || out.words());
+    host.claw_must("systemctl --user start openclaw-gateway.service")?;
     let koboshi = Koboshi(Home::Root);
     koboshi.install(&host, false)?;
     koboshi.settled(&host)?;

@@ -588,8 +588,15 @@ fn launch(spec: &Spec, cgroup: Option<OwnedFd>) -> Result<PidFd> {
     if let Some(cwd) = &spec.cwd {
         cmd.current_dir(cwd);
     }
-    Apart { session: true, cgroup, ids: spec.ids, background: spec.background, umask: Some(CHILD_UMASK) }
-        .arrange(&mut cmd);
+    Apart {
+        session: true,
+        cgroup,
+        ids: spec.ids,
+        background: spec.background,
+        umask: Some(CHILD_UMASK),
+        shut: None,
+    }
+    .arrange(&mut cmd);
     let child = reap::spawn(&mut cmd).context(|| "starting it".into())?;
     // From here on the pidfd waits and reaps; the standard library's handle does neither when dropped.
     ProcessId::child(child.id())

@@ -17,6 +17,7 @@ pub mod reap;
 pub mod registry;
 pub mod run;
 pub mod service;
+mod shut;
 pub mod signals;
 mod spawn;
 pub mod tls;

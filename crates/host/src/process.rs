@@ -340,7 +340,8 @@ pub(crate) fn group_exists(pgid: u32) -> bool {
 }
 
 fn read_proc(path: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
+    // Most of these files fit: one read and the one that finds the end, not six of growing size.
+    let mut bytes = Vec::with_capacity(2 << 10);
     std::fs::File::open(path).ok()?.take(PROC_FILE_LIMIT_BYTES).read_to_end(&mut bytes).ok()?;
     Some(bytes)
 }
@@ -430,14 +431,41 @@ pub struct Listener {
 pub fn listeners(port: u16) -> Vec<Listener> {
     ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
-        .filter_map(read_proc)
+        .filter_map(|path| read_listening(std::fs::File::open(path).ok()?))
         .flat_map(|bytes| parse_listeners(&String::from_utf8_lossy(&bytes), port))
         .collect()
 }
 
+/// The kernel names the listening sockets first, and walks its whole table of connections (a quarter of a million slots on
+/// a large machine, 5 ms) for those that follow. So it is asked for a little at a time, and no further than the first
+/// that does not listen.
+fn read_listening(from: impl std::io::Read) -> Option<Vec<u8>> {
+    /// Three lines.
+    const PIECE: usize = 450;
+    let mut from = from.take(PROC_FILE_LIMIT_BYTES);
+    let mut bytes = Vec::with_capacity(2 << 10);
+    let mut piece = [0_u8; PIECE];
+    loop {
+        let read = match from.read(&mut piece) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(_) => return None,
+        };
+        bytes.extend_from_slice(piece.get(..read).unwrap_or_default());
+        let text = String::from_utf8_lossy(&bytes);
+        // The last line may be half of one.
+        let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
+        let last = whole.lines().skip(1).last();
+        if read == 0 || last.is_some_and(|line| line.split_whitespace().nth(3) != Some(LISTEN)) {
+            return Some(bytes);
+        }
+    }
+}
+
+/// State "listen" in the kernel's socket table.
+const LISTEN: &str = "0A";
+
 fn parse_listeners(text: &str, port: u16) -> Vec<Listener> {
-    /// State "listen" in the kernel's socket table.
-    const LISTEN: &str = "0A";
     let parse = |line: &str| -> Option<Listener> {
         let fields: Vec<&str> = line.split_whitespace().collect();
         if *fields.get(3)? != LISTEN {
@@ -604,6 +632,39 @@ mod tests {
             assert!(listeners(addr.port()).iter().any(|l| l.addr == addr));
         }
         assert_eq!(owner_of(&Listener { inode: u64::MAX, ..*ours }, &[]), None);
+    }
+
+    /// A socket table that is given line by line, and says how far it was read.
+    struct Table<'a>(std::slice::Iter<'a, &'a str>);
+
+    impl Read for Table<'_> {
+        fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+            let Some(line) = self.0.next() else { return Ok(0) };
+            buf[..line.len()].copy_from_slice(line.as_bytes());
+            Ok(line.len())
+        }
+    }
+
+    #[test]
+    fn the_table_is_read_no_further_than_the_listening_sockets() {
+        let header = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n";
+        let ssh =
+            "   0: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11\n";
+        let (half, rest) =
+            "   1: 0100007F:4965 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 12\n"
+                .split_at(30);
+        let met =
+            "   2: 0100007F:4965 0100007F:9999 01 00000000:00000000 00:00000000 00000000  1000        0 13\n";
+        let lines = [header, ssh, half, rest, met, "never", "read"];
+        let mut table = Table(lines.iter());
+        let bytes = read_listening(&mut table).unwrap();
+        assert_eq!(table.0.as_slice(), ["never", "read"]);
+        let found = parse_listeners(&String::from_utf8(bytes).unwrap(), 18_789);
+        assert_eq!(found.iter().map(|l| (l.inode, l.uid)).collect::<Vec<_>>(), [(12, 1_000)]);
+        // One that holds nothing else is read to its end.
+        let lines = [header, ssh, half, rest];
+        let bytes = read_listening(Table(lines.iter())).unwrap();
+        assert_eq!(parse_listeners(&String::from_utf8(bytes).unwrap(), 18_789).len(), 1);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use crate::clock::Deadline;
 use crate::error::{Context, Error, Kind, Result};
 use crate::process::{Ended, ProcessId, group_kill};
+use crate::shut::Shut;
 use crate::spawn::Apart;
 use crate::{poll, reap};
 use std::ffi::OsString;
@@ -92,6 +93,9 @@ pub struct Cmd {
     pub ids: Option<Ids>,
     /// Standard input, up to [`INPUT_LIMIT_BYTES`].
     pub input: Vec<u8>,
+    /// For programs that are not ours: it gains no privileges, and its user's service manager is out of its reach where the
+    /// kernel lets us hide it. So nobody starts anything for it that would outlive it.
+    pub shut_in: bool,
 }
 
 /// What a tool is told on its standard input: what a pipe holds, so that writing it never waits for the tool.
@@ -134,6 +138,18 @@ impl Output {
 /// look at the [`Output`].
 pub fn run(cmd: &Cmd, deadline: Deadline) -> Result<Output> {
     let what = || format!("running {}", cmd.program.to_string_lossy());
+    let user = cmd.ids.unwrap_or_else(Ids::current);
+    let mut child = match start(cmd, cmd.shut_in.then(|| Shut::of(user))) {
+        // Not every kernel grants the namespaces.
+        Err(_) if cmd.shut_in => start(cmd, Some(Shut::half(user))),
+        started => started,
+    }
+    .map_err(|e| Error { what: what(), ..e })?;
+    let result = supervise(&mut child, deadline);
+    result.map_err(|e| Error { what: what(), why: e.to_string(), hint: e.hint, kind: e.kind })
+}
+
+fn start(cmd: &Cmd, shut: Option<Shut>) -> Result<Child> {
     let mut command = Command::new(&cmd.program);
     command.args(&cmd.args).stdin(input(&cmd.input)?).stdout(Stdio::piped()).stderr(Stdio::piped());
     if cmd.env_clear {
@@ -143,11 +159,9 @@ pub fn run(cmd: &Cmd, deadline: Deadline) -> Result<Output> {
     if let Some(cwd) = &cmd.cwd {
         command.current_dir(cwd);
     }
-    Apart { session: false, cgroup: None, ids: cmd.ids, background: false, umask: None }
+    Apart { session: false, cgroup: None, ids: cmd.ids, background: false, umask: None, shut }
         .arrange(&mut command);
-    let mut child = reap::spawn(&mut command).context(what)?;
-    let result = supervise(&mut child, deadline);
-    result.map_err(|e| Error { what: what(), why: e.to_string(), hint: e.hint, kind: e.kind })
+    reap::spawn(&mut command).context(|| "starting it".into())
 }
 
 /// The whole input in a pipe whose other end is closed already.
@@ -250,6 +264,65 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What a program says of itself and of its user's service manager.
+    fn seen(shut_in: bool, ids: Option<Ids>, dir: &str) -> (String, String) {
+        let script = format!("grep NoNewPrivs /proc/self/status | tr -dc 0-9; echo; id -u; ls {dir}");
+        let cmd = Cmd { shut_in, ids, ..Cmd::new("sh", ["-c".to_owned(), script]) };
+        let out = run(&cmd, Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(out.ok(), "{out:?}");
+        let text = String::from_utf8(out.stdout).unwrap();
+        let (first, rest) = text.split_once('\n').unwrap();
+        (first.to_owned(), rest.trim().to_owned())
+    }
+
+    /// The directory of a user that nobody is, with something in it; removed when this is dropped.
+    struct Runtime(String);
+
+    impl Runtime {
+        fn make(uid: u32) -> Runtime {
+            let dir = format!("/run/user/{uid}");
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(format!("{dir}/bus"), "").unwrap();
+            Runtime(dir)
+        }
+    }
+
+    impl Drop for Runtime {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn who_is_shut_in_gains_nothing_and_cannot_ask_a_service_manager_as_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let ids = Ids { uid: 54_021, gid: 54_021 };
+        let runtime = Runtime::make(ids.uid);
+        assert_eq!(seen(false, Some(ids), &runtime.0), ("0".into(), "54021\nbus".into()));
+        assert_eq!(seen(true, Some(ids), &runtime.0), ("1".into(), "54021".into()));
+        assert!(std::fs::metadata(format!("{}/bus", runtime.0)).is_ok(), "only it does not see it");
+        // Where there is no such directory nothing has to be hidden.
+        assert_eq!(seen(true, Some(Ids { uid: 54_022, gid: 54_022 }), "/proc/self/ns/uts").0, "1");
+    }
+
+    #[test]
+    fn a_user_is_shut_in_by_a_namespace_of_its_own_as_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let ids = Ids { uid: 54_023, gid: 54_023 };
+        let runtime = Runtime::make(ids.uid);
+        // The way of an agent without privileges, whose thread is its user's.
+        let seen = crate::user::as_user(ids, || Ok(seen(true, None, &runtime.0))).unwrap();
+        assert_eq!(seen.0, "1");
+        let granted = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
+        if granted.is_ok_and(|n| n.trim() != "0") {
+            assert_eq!(seen.1, "54023", "where the kernel grants user namespaces the directory is hidden");
+        }
+    }
 
     #[test]
     fn a_tool_reads_its_input_and_its_end() {

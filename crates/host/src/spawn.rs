@@ -1,9 +1,10 @@
-//! What a child does between fork and exec: enter its container, leave our session, drop its privileges.
+//! What a child does between fork and exec: enter its container, leave our session, drop its privileges, be shut in.
 //!
 //! It happens there because a child that could fork or exec first could leave something behind outside its
 //! container.
 
 use crate::run::Ids;
+use crate::shut::Shut;
 use rustix::process as rp;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -22,6 +23,8 @@ pub(crate) struct Apart {
     pub(crate) background: bool,
     /// File mode creation mask, so that the agent's own private one does not leak into what others install.
     pub(crate) umask: Option<u32>,
+    /// Nobody else starts anything for it.
+    pub(crate) shut: Option<Shut>,
 }
 
 /// The lowest CPU priority there is.
@@ -52,12 +55,18 @@ impl Apart {
             if let Some(mask) = self.umask {
                 rp::umask(rustix::fs::Mode::from_raw_mode(mask));
             }
+            if let Some(shut) = &self.shut {
+                shut.before_becoming()?;
+            }
             if let Some(ids) = become_other {
                 // The child has one thread, so its thread's ids are its process's.
                 let (uid, gid) = (rp::Uid::from_raw(ids.uid), rp::Gid::from_raw(ids.gid));
                 rustix::thread::set_thread_groups(&groups)?;
                 rustix::thread::set_thread_res_gid(gid, gid, gid)?;
                 rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+            }
+            if let Some(shut) = &self.shut {
+                shut.after_becoming()?;
             }
             Ok(())
         };

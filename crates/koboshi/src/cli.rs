@@ -83,9 +83,9 @@ pub enum Command {
     /// One step of a recovery, run by the agent in a container of its own.
     #[command(hide = true)]
     Step {
-        /// The request file that the agent wrote; `system-install` (what sudo permits) or `enroll-node` (as root).
+        /// The request file that the agent wrote; `system-install`, `home-install` (what sudo permits) or `enroll-node`.
         request: PathBuf,
-        /// The node, for the last two.
+        /// The node, for the last three.
         node: Option<String>,
     },
     /// What the store holds, for another command: a process that its disk may hold for ever.

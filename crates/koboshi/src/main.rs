@@ -67,9 +67,8 @@ fn run(cli: &cli::Cli, printer: Printer) -> Result<Exit> {
         cli::Command::Demo(options) => demo::run(options, printer),
         cli::Command::Respond(options) => voice::respond(options, printer),
         cli::Command::Step { request, node } => {
-            let report = match (request.to_str(), node) {
-                (Some("system-install"), Some(name)) => sudo::install(name)?,
-                (Some("enroll-node"), Some(name)) => sudo::enroll(name)?,
+            let report = match (request.to_str().and_then(sudo::Errand::named), node) {
+                (Some(errand), Some(name)) => sudo::as_root(errand, name)?,
                 (_, Some(_)) => return Err(Error::new(Kind::Usage, "run a step", "it takes no node")),
                 (_, None) => return step::run(request).map(|()| Exit::Done),
             };

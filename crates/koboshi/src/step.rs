@@ -126,7 +126,11 @@ pub enum Work {
         incident: u64,
     },
     /// Asks sudo whether it would let us.
-    AskSudo,
+    AskSudo {
+        /// For what.
+        #[serde(default)]
+        home: bool,
+    },
     /// What layer 2 or 3 put in place was not accepted: back to what was there before.
     TakeBack,
     /// Builds the program beside the home of a displaced node, which serves meanwhile.
@@ -168,7 +172,7 @@ impl Work {
             | Work::TrialOver { .. }
             | Work::Restart { .. }
             | Work::Restore { .. }
-            | Work::AskSudo
+            | Work::AskSudo { .. }
             | Work::PeerCopy { .. }
             | Work::PeerBack { .. }
             | Work::TakeBack
@@ -443,10 +447,13 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
                 layers::user_install::work(bench, &order, *hung)
             })
         }
-        Work::AskSudo => match sudo::ask(node, sudo::ask_limit(config.ladder.limits()), deadline) {
-            Ok(()) => Ok(Answer::Done(Report::default())),
-            Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
-        },
+        Work::AskSudo { home } => {
+            let errand = if *home { sudo::Errand::Home } else { sudo::Errand::Install };
+            match sudo::ask(errand, node, sudo::ask_limit(config.ladder.limits()), deadline) {
+                Ok(()) => Ok(Answer::Done(Report::default())),
+                Err(why) => Err(Error::new(Kind::Denied, "have root install the program", why)),
+            }
+        }
         Work::TakeBack => with_bench(request, &config, &places, 0, deadline, |bench| {
             let mut report = Report::default();
             layers::install::take_back(&places.state_dir, bench.manager, bench.deadline, &mut report)?;
@@ -469,7 +476,12 @@ fn work(request: &Request, deadline: Deadline, early: &dyn Fn(&Answer) -> Result
         }),
         Work::StageHome { version } => {
             let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);
-            with_bench(request, &config, &places, 0, deadline, |bench| home::stage(bench, &order))
+            let moved = layers::install::Moved::load(&places.state_dir)?;
+            let by_root = moved.map(|m| m.home).filter(|home| sudo::needed(home, &places));
+            with_bench(request, &config, &places, 0, deadline, |bench| match by_root {
+                Some(home) => sudo::home_through(bench, &home, &order),
+                None => home::stage(bench, &order),
+            })
         }
         Work::MoveHome { version } => {
             let order = crate::reinstall::order(&places, version, engine::Layer::SystemInstall);

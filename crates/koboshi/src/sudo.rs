@@ -2,7 +2,7 @@
 //!
 //! The user runs a language model with a shell, so what root does here depends on nothing that the user can write but one
 //! version number, which is checked for its form and never older than the one enrolled. Binary, configuration and the
-//! node's description are root's own. The sudoers line names exactly this command for exactly this node.
+//! node's description are root's own. The sudoers lines name exactly these commands for exactly this node.
 
 use crate::config::Config;
 use crate::patient::Service;
@@ -13,7 +13,7 @@ use host::clock::Deadline;
 use host::run::{Cmd, Output, run};
 use host::user::as_user;
 use host::{Context, Error, Kind, Result, files};
-use layers::install::Place;
+use layers::install::{Order, Place};
 use layers::{Bench, Report};
 use node::range::Version;
 use node::{Baseline, Node};
@@ -23,12 +23,46 @@ use std::time::Duration;
 
 /// What the sudoers line names.
 const PROGRAM: &str = "/usr/bin/koboshi";
-const WHAT: &str = "system-install";
+
+/// What root does for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Errand {
+    /// Layer 2.
+    Install,
+    /// The program again at the home of a displaced node, which serves from elsewhere meanwhile.
+    Home,
+    /// Writes down which node it is that root may put back.
+    Enroll,
+}
+
+impl Errand {
+    /// As it is called on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Errand::Install => "system-install",
+            Errand::Home => "home-install",
+            Errand::Enroll => "enroll-node",
+        }
+    }
+
+    /// The errand of that name.
+    pub fn named(name: &str) -> Option<Errand> {
+        [Errand::Install, Errand::Home, Errand::Enroll].into_iter().find(|e| e.name() == name)
+    }
+
+    fn cmd(self, before: &[&str], node: &Node) -> Cmd {
+        Cmd::new("sudo", before.iter().copied().chain([PROGRAM, "step", self.name(), node.name.as_str()]))
+    }
+}
 /// sudo answers in milliseconds; on a host with dead DNS it takes 12 s, and one that hangs in PAM never does.
 pub const ASK_LIMIT: Duration = Duration::from_secs(4);
 const ASK_LEAST: Duration = Duration::from_secs(1);
 /// What the whole of it may take when nobody says otherwise.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(140);
+/// The same beside a gateway that serves, at the lowest priority.
+const HOME_LIMIT: Duration = Duration::from_secs(900);
+/// Looking for one node.
+const ENROLL_LIMIT: Duration = Duration::from_secs(20);
 const FILE_LIMIT_BYTES: u64 = 1 << 20;
 const WORDS_CHARS: usize = 200;
 
@@ -47,8 +81,13 @@ pub fn ask_limit(limits: Limits) -> Duration {
 ///
 /// # Errors
 /// Why not, in sudo's words.
-pub fn ask(node: &Node, limit: Duration, deadline: Deadline) -> std::result::Result<(), String> {
-    let cmd = Cmd::new("sudo", ["-n", "-l", PROGRAM, "step", WHAT, node.name.as_str()]);
+pub fn ask(
+    errand: Errand,
+    node: &Node,
+    limit: Duration,
+    deadline: Deadline,
+) -> std::result::Result<(), String> {
+    let cmd = errand.cmd(&["-n", "-l"], node);
     match run(&cmd, deadline.min(Deadline::after(limit))) {
         Ok(out) if out.ok() => Ok(()),
         Ok(out) if out.timed_out => Err(format!("sudo did not answer within {} s", limit.as_secs())),
@@ -63,21 +102,51 @@ fn words(out: &Output) -> String {
     line.chars().filter(|c| !c.is_control()).take(WORDS_CHARS).collect()
 }
 
-/// Has root do it, and notes what lies there then. sudo is believed nothing: the tree is looked at.
-///
-/// # Errors
-/// When it did not come to a whole program.
-pub fn through(bench: &Bench<'_>, places: &Places, version: &str) -> Result<Report> {
-    let what = "have root install the program";
+/// Has root do it; what it says, and what sudo says where it fails. Neither is believed: whoever asked looks.
+fn have_root(errand: Errand, node: &Node, what: &str, deadline: Deadline) -> Result<(Report, Output)> {
     let mut report = Report::default();
-    let cmd = Cmd::new("sudo", ["-n", PROGRAM, "step", WHAT, bench.node.name.as_str()]);
-    let out = run(&cmd, bench.deadline)?;
+    let out = run(&errand.cmd(&["-n"], node), deadline)?;
     if out.timed_out {
         return Err(Error::new(Kind::TimedOut, what, "sudo had not ended in time and was killed"));
     }
     for line in String::from_utf8_lossy(&out.stdout).lines().take(40) {
         report.done.push(line.chars().filter(|c| !c.is_control()).take(WORDS_CHARS).collect());
     }
+    Ok((report, out))
+}
+
+/// Has root write the node down, where sudo lets us; while the node is well.
+///
+/// # Errors
+/// In words, why it is not written down.
+pub fn enroll_through(node: &Node) -> std::result::Result<(), String> {
+    ask(Errand::Enroll, node, ASK_LIMIT, Deadline::after(ASK_LIMIT))?;
+    let limit = Deadline::after(ENROLL_LIMIT);
+    let (_, out) = have_root(Errand::Enroll, node, "enroll the node", limit).map_err(|e| e.why)?;
+    if out.ok() { Ok(()) } else { Err(words(&out)) }
+}
+
+/// Has root make the program anew at the node's home, and notes what lies there then.
+///
+/// # Errors
+/// When it did not come to a whole program.
+pub fn home_through(bench: &Bench<'_>, home: &Node, order: &Order) -> Result<Report> {
+    let what = "have root make the program anew at home";
+    let (report, out) = have_root(Errand::Home, home, what, bench.deadline)?;
+    if !out.ok() {
+        return Err(Error::new(Kind::System, what, words(&out)));
+    }
+    layers::install::home::found(bench, order)?;
+    Ok(report)
+}
+
+/// Has root do it, and notes what lies there then. sudo is believed nothing: the tree is looked at.
+///
+/// # Errors
+/// When it did not come to a whole program.
+pub fn through(bench: &Bench<'_>, places: &Places, version: &str) -> Result<Report> {
+    let what = "have root install the program";
+    let (report, out) = have_root(Errand::Install, bench.node, what, bench.deadline)?;
     if bench.node.package_version().as_deref() != Some(version) || !node::triage::program_is_whole(bench.node)
     {
         return Err(Error::new(Kind::System, what, words(&out)));
@@ -128,12 +197,14 @@ fn system() -> Result<(Config, Places)> {
 
 /// Writes down, as root and while the node is well, which node of this name root may put back, and says which line
 /// sudoers needs.
-pub fn enroll(name: &str) -> Result<Report> {
+fn enroll(name: &str) -> Result<Report> {
     let (config, places) = system()?;
     if !is_name(name) {
         return Err(Error::new(Kind::Usage, format!("enroll {name:?}"), "this is no node's name"));
     }
-    let hint = node::Hint { name: Some(name.to_owned()), ..(&config.node).into() };
+    let mut hint = node::Hint { name: Some(name.to_owned()), ..(&config.node).into() };
+    // sudo itself says who asked: of several nodes of one name it is that user's.
+    hint.user = hint.user.or_else(|| std::env::var("SUDO_USER").ok().filter(|user| user != "root"));
     let node = node::find(&hint)?.node;
     let file = enrolled(&places, name);
     if let Some(dir) = file.parent() {
@@ -145,17 +216,34 @@ pub fn enroll(name: &str) -> Result<Report> {
     let mut report = Report::default();
     report.done.push(format!("root may now put back {} in {}", name, node.prefix.display()));
     report.done.push(format!("Defaults!{PROGRAM} env_reset, !pam_session, !requiretty"));
-    report.done.push(format!("{} ALL=(root:root) NOPASSWD: {PROGRAM} step {WHAT} {name}", node.user));
+    for errand in [Errand::Install, Errand::Home] {
+        let line = format!("{} ALL=(root:root) NOPASSWD: {PROGRAM} step {} {name}", node.user, errand.name());
+        report.done.push(line);
+    }
     Ok(report)
 }
 
 /// What sudo runs.
-pub fn install(name: &str) -> Result<Report> {
+pub fn as_root(errand: Errand, name: &str) -> Result<Report> {
+    match errand {
+        Errand::Enroll => enroll(name),
+        Errand::Install => {
+            make_anew(name, DEFAULT_LIMIT, |b, order| layers::system_install::work(b, order, false))
+        }
+        Errand::Home => make_anew(name, HOME_LIMIT, layers::install::home::furnish),
+    }
+}
+
+fn make_anew(
+    name: &str,
+    limit: Duration,
+    work: impl FnOnce(&mut Bench<'_>, &Order) -> Result<Report>,
+) -> Result<Report> {
     let (config, places) = system()?;
     if !is_name(name) {
         return Err(Error::new(Kind::Usage, format!("install for {name:?}"), "this is no node's name"));
     }
-    let deadline = Deadline::after(config.ladder.limits().span(DEFAULT_LIMIT));
+    let deadline = Deadline::after(config.ladder.limits().span(limit));
     let file = enrolled(&places, name);
     roots_own(&file)?;
     let node: Node = serde_json::from_slice(&files::read_bounded(&file, FILE_LIMIT_BYTES)?)
@@ -183,7 +271,7 @@ pub fn install(name: &str) -> Result<Report> {
         deadline,
         limits: config.ladder.limits(),
     };
-    layers::system_install::work(&mut bench, &order, false)
+    work(&mut bench, &order)
 }
 
 /// The version that last served, in the user's own words, if it is one and none that root knows to be older.

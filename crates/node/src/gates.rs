@@ -62,6 +62,7 @@ pub fn runtime_version(node: &Node, binary: &Path, deadline: Deadline) -> Result
         env: vec![("HOME".into(), node.home.clone().into())],
         env_clear: true,
         ids: (own != node.ids).then_some(node.ids),
+        shut_in: true,
         ..Cmd::default()
     };
     let out = run(&cmd, deadline.min(Deadline::after(VERSION_WAIT)))

@@ -237,6 +237,12 @@ fn measure(root: &Path, dir: &Path, options: &Rest, accounted: bool) -> Result<(
     println!("| agent alone, anonymous RSS, most | {:.3} MB | | |", figures.anon_most_mb);
     println!("| agent alone, one core | {:.3} % | | |", figures.own_percent);
     println!("| a step's RSS, most | {:.1} MB | | |", figures.step_most_mb);
+    for (name, (count, percent)) in &figures.kinds {
+        println!(
+            "| {count} x {name}, one core (to within {} ms each) | {percent:.3} % | | |",
+            STEP_SAMPLE.as_millis()
+        );
+    }
     println!("| read from disk by agent and steps | {:.1} MB | | |", figures.read_mb);
     println!(
         "\nOver {:.1} minutes, {} looks, {} steps met, {snapshots} state snapshots inside ({} wanted; state at most every \
@@ -291,12 +297,16 @@ struct Figures {
     minutes: f64,
     looks: usize,
     steps: usize,
+    /// By kind: how many, and percent of a core.
+    kinds: BTreeMap<String, (usize, f64)>,
     drops: usize,
 }
 
 /// What was last seen of a step.
 #[derive(Clone, Default)]
 struct StepSeen {
+    name: String,
+    ticks: u64,
     waits: proc::Waits,
     read_bytes: u64,
     most_bytes: u64,
@@ -337,9 +347,13 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
         waits.look(agent.pid);
         for id in proc::children(agent.pid) {
             let ours = || std::fs::read_link(format!("/proc/{}/exe", id.pid)).is_ok_and(|p| p == binary);
-            let entry = seen.entry(id).or_insert_with(|| ours().then(StepSeen::default));
+            let step = || StepSeen { name: step_name(id.pid), ..StepSeen::default() };
+            let entry = seen.entry(id).or_insert_with(|| ours().then(step));
             if let Some(step) = entry {
                 // One that is gone by now says nothing more.
+                if let Some(s) = proc::stat(id.pid).filter(|s| s.id == id) {
+                    step.ticks = s.own_ticks + s.children_ticks;
+                }
                 step.waits.look(id.pid);
                 step.read_bytes = step.read_bytes.max(proc::read_bytes(id.pid));
                 step.most_bytes = step.most_bytes.max(proc::memory_bytes(id.pid, "VmRSS").unwrap_or(0));
@@ -359,6 +373,11 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
         |ticks: u64| ticks as f64 / rustix::param::clock_ticks_per_second() as f64 / seconds * 100.0;
     let own = last.own_ticks - first.own_ticks;
     let steps: Vec<&StepSeen> = seen.values().flatten().collect();
+    let mut kinds: BTreeMap<String, (usize, f64)> = BTreeMap::new();
+    for step in &steps {
+        let kind = kinds.entry(step.name.clone()).or_default();
+        *kind = (kind.0 + 1, kind.1 + percent(step.ticks));
+    }
     let read = proc::read_bytes(agent.pid).saturating_sub(first_read)
         + steps.iter().map(|s| s.read_bytes).sum::<u64>();
     Ok(Figures {
@@ -374,8 +393,18 @@ fn watch(agent: Id, binary: &Path, dir: &Path, span: Duration, limited: bool) ->
         minutes: seconds / 60.0,
         looks: rss.len(),
         steps: steps.len(),
+        kinds,
         drops,
     })
+}
+
+/// What a step does: its request's name.
+fn step_name(pid: u32) -> String {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let request = line.split('\0').rev().find(|word| word.contains('/'));
+    request
+        .and_then(|r| Path::new(r).file_stem())
+        .map_or_else(String::new, |s| s.to_string_lossy().into_owned())
 }
 
 /// A user at work: a file of the workspace changes, so that there is state to take.

@@ -322,13 +322,15 @@ pub(crate) enum Unit {
     User,
     /// By the host's systemd, as the user `claw`.
     System,
+    /// By the systemd of the user `claw`, of a program that is root's.
+    UserOfRoots,
 }
 
 impl Unit {
     /// The beginning of a command that root gives to its manager.
     pub(crate) fn systemctl(self) -> &'static str {
         match self {
-            Unit::User => {
+            Unit::User | Unit::UserOfRoots => {
                 "setpriv --reuid claw --regid claw --init-groups env XDG_RUNTIME_DIR=/run/user/1000 systemctl --user"
             }
             Unit::System => "systemctl",
@@ -338,7 +340,7 @@ impl Unit {
     fn template(self) -> Template {
         match self {
             Unit::User => Template::User,
-            Unit::System => Template::System,
+            Unit::System | Unit::UserOfRoots => Template::System,
         }
     }
 
@@ -346,7 +348,7 @@ impl Unit {
     pub(crate) fn package(self) -> &'static str {
         match self {
             Unit::User => "/home/claw/.npm-global/lib/node_modules/openclaw",
-            Unit::System => "/usr/local/lib/node_modules/openclaw",
+            Unit::System | Unit::UserOfRoots => "/usr/local/lib/node_modules/openclaw",
         }
     }
 }

@@ -46,6 +46,8 @@ const TIDY_LIMIT: Duration = Duration::from_secs(900);
 pub(super) const ROOM_LIMIT: Duration = Duration::from_secs(20);
 /// What gave its room has none to give a minute later.
 const ROOM_AGAIN_MS: u64 = 900_000;
+/// Between two whole tidies where nothing asks for one: what the quarantine may keep is counted in days.
+const TIDY_ALL_EVERY_MS: u64 = 12 * 3_600_000;
 /// A pass ends by itself after 15 s; what hangs beyond that in the kernel is killed.
 const DELIVER_LIMIT: Duration = Duration::from_secs(20);
 const BEAT_LIMIT: Duration = Duration::from_secs(20);
@@ -82,6 +84,9 @@ pub struct Daily {
     snapshot_at: Option<(Moment, Vec<Class>, String)>,
     settle_at: Option<Moment>,
     tidy_at: Option<Moment>,
+    /// From then on a tidy looks at program, spare and quarantine too, and not only at the store. A copy of the user's files
+    /// alone changes nothing there, and each of them is walked through.
+    tidy_all_at: Moment,
     /// The disk is full under a node that serves.
     room_at: Option<Moment>,
     /// Until then what could be had of it was had.
@@ -128,6 +133,7 @@ impl Daily {
             snapshot_at: None,
             settle_at: None,
             tidy_at: None,
+            tidy_all_at: now,
             room_at: None,
             room_again: None,
             scrub_at: None,
@@ -198,6 +204,12 @@ impl Daily {
 
     pub(super) fn tidy_soon(&mut self, now: Moment) {
         self.tidy_at = Some(now);
+        self.tidy_all_at = now;
+    }
+
+    /// Whenever the next tidy comes, it is a whole one.
+    pub(super) fn tidy_all(&mut self, now: Moment) {
+        self.tidy_all_at = now;
     }
 
     pub(super) fn due(&self) -> Option<Moment> {
@@ -255,7 +267,7 @@ impl Daily {
                 }
                 Job::Settle => self.settle_at = Some(now.plus_ms(RETRY_MS)),
                 Job::Scrub => self.scrub_at = Some(now.plus_ms(RETRY_MS)),
-                Job::Tidy => self.tidy_at = Some(now.plus_ms(RETRY_MS)),
+                Job::Tidy => self.tidy_soon(now.plus_ms(RETRY_MS)),
                 // A climb makes room by itself.
                 Job::Room => {}
                 Job::Contacts => self.contacts_at = Some(now.plus_ms(RETRY_MS)),
@@ -351,6 +363,10 @@ impl Agent {
                 self.daily.by_hand = false;
                 self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s.saturating_mul(1000)));
                 self.settling.begin();
+                let program = |classes: &[Class]| classes.is_empty() || classes.iter().any(|c| c.converges());
+                if matches!(job, Job::Snapshot { classes } if program(classes)) {
+                    self.daily.tidy_all(now);
+                }
                 if matches!(job, Job::Snapshot { classes } if with_state(classes)) {
                     self.daily.state_cost_ms = wall_ms;
                     self.state_next(now);
@@ -391,7 +407,7 @@ impl Agent {
                 if damaged {
                     // The sweep sees it now, and what it leads to is the same as ever.
                     self.daily.examine_at = now;
-                    self.daily.tidy_at = Some(now);
+                    self.daily.tidy_soon(now);
                 }
                 if let Some(why) = lost {
                     self.notice(alert::Notice::StoreDamaged, &why);
@@ -499,7 +515,10 @@ impl Agent {
         } else if self.daily.tidy_at.is_some_and(|at| serving && past(now, at)) {
             self.daily.tidy_at = None;
             // What an open incident has put aside is its own; the store must not outgrow its limit meanwhile.
-            let store_only = self.book.state().incident.is_some();
+            let store_only = self.book.state().incident.is_some() || !past(now, self.daily.tidy_all_at);
+            if !store_only {
+                self.daily.tidy_all_at = now.plus_ms(TIDY_ALL_EVERY_MS);
+            }
             (Job::Tidy, Work::Tidy { store_only }, TIDY_LIMIT)
         } else if self.daily.contacts_at.is_some_and(|at| serving && past(now, at))
             && self.places.key_file.exists()

@@ -1,7 +1,7 @@
 //! The way home of a node that layer 3 runs from its user's prefix: a job of daily operation, and never an incident.
 //!
 //! ```text
-//! rest ──gates──► staging ──stands ready──► ready ──gates, idle──► moving ──► trial ──confirmed──► rest, at home
+//! rest ──gates──► (asking) ──► staging ──stands ready──► ready ──gates, idle──► moving ──► trial ──confirmed──► rest, at home
 //!                                                                               └─not serving─► back ──► rest, away
 //! ```
 //! Guarantees. The node serves while its program is built beside its home. It is stopped only when nothing else is open,
@@ -26,6 +26,10 @@ const LOOK_EVERY_MS: u64 = 60_000;
 const READY_EVERY_MS: u64 = 5_000;
 /// After a failure; it doubles with each further one.
 const RETRY_MS: u64 = 30 * 60_000;
+/// Between two questions to sudo, which writes each refusal into the host's log.
+const ASK_EVERY_MS: u64 = 10 * 60_000;
+/// sudo's own patience with its modules ends before.
+const ASK_LIMIT: Duration = crate::sudo::ASK_LIMIT.saturating_add(Duration::from_secs(1));
 /// To sixteen hours at most.
 const MOST_DOUBLINGS: u32 = 5;
 /// Building at idle priority, beside a gateway that serves.
@@ -45,6 +49,8 @@ enum Phase {
     /// Nothing is done.
     #[default]
     Rest,
+    /// sudo is asked whether root would build it.
+    Asking,
     /// The program is being built beside its home.
     Staging,
     /// It stands ready.
@@ -76,7 +82,7 @@ impl Homecoming {
     pub(super) fn at_work(&self) -> bool {
         match self.phase {
             Phase::Moving | Phase::Back => true,
-            Phase::Rest | Phase::Staging | Phase::Ready | Phase::Trial => false,
+            Phase::Rest | Phase::Asking | Phase::Staging | Phase::Ready | Phase::Trial => false,
         }
     }
 
@@ -97,7 +103,7 @@ impl Homecoming {
     /// For people.
     pub(super) fn words(&self) -> Option<String> {
         match self.phase {
-            Phase::Rest => self.why.clone(),
+            Phase::Rest | Phase::Asking => self.why.clone(),
             Phase::Staging => Some("its program is being built beside its home".to_owned()),
             Phase::Ready => Some(match &self.why {
                 Some(why) => format!("its program stands ready at home; {why}"),
@@ -198,9 +204,11 @@ impl Agent {
         let ended =
             self.home.running.as_mut().is_some_and(|r| r.step.look().is_some() || r.deadline.passed());
         match self.home.phase {
-            Phase::Staging | Phase::Moving | Phase::Back if ended => self.home_step_ended(now),
+            Phase::Asking | Phase::Staging | Phase::Moving | Phase::Back if ended => {
+                self.home_step_ended(now);
+            }
             Phase::Moving | Phase::Back => {}
-            Phase::Staging => {
+            Phase::Asking | Phase::Staging => {
                 if self.hands_off().is_some() || self.book.state().incident.is_some() {
                     self.home_makes_way();
                 }
@@ -260,12 +268,11 @@ impl Agent {
         if self.node.package_dir != moved.away.package_dir {
             return Err("the node is not where koboshi had put it".to_owned());
         }
-        if crate::sudo::needed(&moved.home, &self.places) {
-            return Err("its home is not ours to write to".to_owned());
-        }
+        // Whether root would do it is asked when all else speaks for it: sudo may hang.
+        let sudo = crate::sudo::needed(&moved.home, &self.places).then_some(Ok(()));
         let version = self.version_to_install();
         let seen = Seen { version: version.as_deref(), snapshot: None, findings: &[] };
-        reinstall::system(&moved.home, &self.places, seen, None)
+        reinstall::system(&moved.home, &self.places, seen, sudo.as_ref())
     }
 
     fn look_home(&mut self, now: Moment) {
@@ -295,20 +302,33 @@ impl Agent {
             self.home.at = Some(now.plus_ms(if ready { READY_EVERY_MS } else { LOOK_EVERY_MS }));
             return;
         }
-        self.home.why = None;
         self.home.version.clone_from(&version);
+        if !ready && self.home_is_roots() {
+            self.home_step(Phase::Asking, "job-home-ask", Work::AskSudo { home: true }, ASK_LIMIT);
+            return;
+        }
+        self.home.why = None;
         if ready {
             self.say("the node moves home: it is stopped, exchanged and started there");
             self.home_step(Phase::Moving, "job-home-move", Work::MoveHome { version }, MOVE_LIMIT);
         } else {
-            self.say("the node's home can be written to again: its program is built there while it serves");
-            self.home_step(Phase::Staging, "job-home-stage", Work::StageHome { version }, STAGE_LIMIT);
+            self.stage_home(version);
         }
+    }
+
+    fn stage_home(&mut self, version: String) {
+        self.say("the node's home can be written to again: its program is built there while it serves");
+        self.home_step(Phase::Staging, "job-home-stage", Work::StageHome { version }, STAGE_LIMIT);
+    }
+
+    fn home_is_roots(&self) -> bool {
+        let moved = Moved::load(&self.places.state_dir).ok().flatten();
+        moved.is_some_and(|moved| crate::sudo::needed(&moved.home, &self.places))
     }
 
     fn home_step(&mut self, phase: Phase, name: &str, work: Work, limit: Duration) {
         let baseline = self.judge.baseline().clone();
-        let background = phase == Phase::Staging;
+        let background = matches!(phase, Phase::Asking | Phase::Staging);
         if !background {
             self.daily.make_way();
         }
@@ -351,6 +371,15 @@ impl Agent {
         let phase = self.home.phase;
         let done = self.end_home_step().is_some();
         match phase {
+            Phase::Asking if done => {
+                self.home.why = None;
+                let version = self.home.version.clone();
+                self.stage_home(version);
+            }
+            Phase::Asking => {
+                self.home.rest(now, false);
+                self.home.at = Some(now.plus_ms(ASK_EVERY_MS));
+            }
             Phase::Staging if done => {
                 self.home.phase = Phase::Ready;
                 self.home.ready_since = Some(now);
@@ -447,7 +476,7 @@ impl Agent {
                 // Where not even that can be begun, it is the ladder's.
                 self.home.phase == Phase::Back
             }
-            Phase::Staging | Phase::Ready | Phase::Rest => {
+            Phase::Asking | Phase::Staging | Phase::Ready | Phase::Rest => {
                 self.home_makes_way();
                 false
             }
@@ -476,7 +505,7 @@ impl Agent {
 
     /// The machine is needed for something else, or somebody said hands off: what is built goes on being there.
     fn home_makes_way(&mut self) {
-        if self.home.phase == Phase::Staging {
+        if matches!(self.home.phase, Phase::Asking | Phase::Staging) {
             let _ = self.end_home_step();
             self.home.rest(clock::now(), false);
         }

@@ -567,6 +567,7 @@ impl Agent {
         }
         let now = clock::now();
         self.daily.examine_soon(now);
+        self.daily.tidy_all(now);
         let by = self.book.state().closed.as_ref().and_then(|c| c.layer);
         if matches!(by, Some(Layer::SystemInstall | Layer::UserInstall)) {
             // What was put in place is proven by its tarballs, not yet by having served.

@@ -13,7 +13,7 @@ use crate::patient;
 use crate::places::{self, Places};
 use crate::print::{Exit, Printer, bytes};
 use crate::voice::Standing;
-use crate::{space, spare};
+use crate::{space, spare, sudo};
 use engine::Verdict;
 use host::clock::{self, Deadline};
 use host::run::Ids;
@@ -410,6 +410,7 @@ fn carry_out(desk: &Desk, plan: &Plan) -> Result<Done> {
         let baseline = Baseline::take(&plan.node, Vec::new(), clock::now(), Deadline::after(BASELINE_LIMIT))?;
         patient::set_baseline(&desk.places, &baseline)?;
     }
+    enroll(desk, &plan.node);
     let snapshot = plan
         .first_snapshot
         .then(|| snapshots::take(desk, &plan.node, &desk.baseline(), "first, at install"))
@@ -429,6 +430,22 @@ fn carry_out(desk: &Desk, plan: &Plan) -> Result<Done> {
         Service::Lines(_) | Service::None => false,
     };
     Ok(Done { verdict: judgement.verdict, snapshot, started })
+}
+
+/// Where the program is root's and we are not, root has to know which node it is that it may put back. Where sudo lets us
+/// say so, nobody has to think of it.
+fn enroll(desk: &Desk, node: &Node) {
+    if !sudo::needed(node, &desk.places) {
+        return;
+    }
+    match sudo::enroll_through(node) {
+        Ok(()) => desk.printer.line("The program is root's; root knows now which node it may put back by sudo."),
+        Err(why) => desk.printer.note(format!(
+            "the program is root's, and layer 2 cannot have root put it back ({why}); once, by an administrator: \
+             sudo koboshi step enroll-node {}, and the lines that it prints into /etc/sudoers.d/koboshi",
+            node.name
+        )),
+    }
 }
 
 fn make_config_dir(file: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use super::desk::{Desk, Fields};
 use super::kept::Kept;
 use crate::agent::incident::keeps_from_starting;
-use crate::reinstall;
+use crate::{reinstall, sudo};
 use engine::{Finding, Layer, Rung};
 use host::clock::Deadline;
 use node::{Node, gates, triage};
@@ -65,9 +65,9 @@ pub(super) fn layers(desk: &Desk, node: &Node, disk: &Disk) -> Vec<Readiness> {
     // Whether there is anything to install is known when something is broken; here: whether it could be done.
     let seen = reinstall::Seen { version: version.as_deref(), snapshot: None, findings: &disk.findings };
     let how = |()| format!("{} again from the registry", version.as_deref().unwrap_or_default());
-    let asks = crate::sudo::needed(node, &desk.places);
-    let sudo =
-        asks.then(|| crate::sudo::ask(node, crate::sudo::ASK_LIMIT, Deadline::after(crate::sudo::ASK_LIMIT)));
+    let asks = sudo::needed(node, &desk.places);
+    let sudo = asks
+        .then(|| sudo::ask(sudo::Errand::Install, node, sudo::ASK_LIMIT, Deadline::after(sudo::ASK_LIMIT)));
     let install = reinstall::system(node, &desk.places, seen, sudo.as_ref()).map(how);
     let user = reinstall::user(node, &desk.places, seen)
         .map(|()| format!("the same into {}", layers::install::away(node).prefix.display()));

@@ -229,6 +229,7 @@ fn npm(tools: &Tools, scratch: &Scratch, place: &Place, deadline: Deadline) -> R
         env_clear: true,
         cwd: Some(scratch.dir.join("work")),
         ids: (place.builder != Ids::current()).then_some(place.builder),
+        shut_in: true,
         ..Cmd::default()
     };
     run(&cmd, deadline)

@@ -36,6 +36,9 @@ pub struct Staged {
     runtime: Option<PathBuf>,
     /// Of the lists of both, as they were when they were proven.
     digest: String,
+    /// It lies at home already: root put it there while the node served from elsewhere, and nothing is to be exchanged.
+    #[serde(default)]
+    at_home: bool,
 }
 
 fn note(state_dir: &Path) -> PathBuf {
@@ -108,10 +111,62 @@ pub fn stage(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
     let deadline = bench.deadline;
     let ready = super::prepare(bench, &target, order, &place, &mut report)?;
     let digest = place.as_owner(|| digest(&ready.program, ready.runtime.as_deref(), deadline))?;
-    let staged = Staged { version: ready.version, program: ready.program, runtime: ready.runtime, digest };
+    let staged = Staged {
+        version: ready.version,
+        program: ready.program,
+        runtime: ready.runtime,
+        digest,
+        at_home: false,
+    };
     staged.save(&order.state_dir)?;
     report.did("the program stands ready beside its home");
     Ok(report)
+}
+
+/// Where only root may write to the home of a displaced node: makes its program anew there, as root, while the node serves
+/// from its user's prefix. The program at home is nobody's meanwhile, so it is exchanged at once; nothing is stopped, and
+/// the service is not touched: whose node it is sees to that ([`found`], [`go`]).
+///
+/// # Errors
+/// The reason why it is not there.
+pub fn furnish(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
+    let what = "make the program anew at home";
+    let mut report = Report::default();
+    let target = bench.node.clone();
+    let away = node::service::drop_in(&target).is_none_or(|file| file.exists());
+    if !away && target.gateway().is_some() {
+        return Err(Error::new(Kind::Denied, what, "the node runs from there"));
+    }
+    let place = Place::of(&target, order)?;
+    let ready = super::prepare(bench, &target, order, &place, &mut report)?;
+    if ready.runtime.is_some() {
+        let why =
+            format!("{}, the Node that its service starts it with, does not fit", target.node_bin.display());
+        return Err(Error::new(Kind::NotFound, what, why).hint("install a Node that the program can run on"));
+    }
+    let order = &Order { version: ready.version.clone(), ..order.clone() };
+    let proof = super::known(&ready.program, order, bench.deadline, &mut report)?;
+    proof.save(&order.state_dir)?;
+    super::into_place(bench, &target, order, &place, ready, &mut report)?;
+    report.did(format!("OpenClaw {} lies at home", order.version));
+    Ok(report)
+}
+
+/// Notes that root has put the program where its home is; what lies there is looked at, not whoever says so.
+///
+/// # Errors
+/// When it is not what was asked for.
+pub fn found(bench: &Bench<'_>, order: &Order) -> Result<()> {
+    let what = "bring the node home";
+    let home = displaced(bench.node, &order.state_dir)?.home;
+    let version = home.package_version();
+    if version.as_deref() != Some(order.version.as_str()) || !node::triage::program_is_whole(&home) {
+        let why = format!("{} does not hold OpenClaw {} whole", home.package_dir.display(), order.version);
+        return Err(Error::new(Kind::System, what, why));
+    }
+    let digest = digest(&home.package_dir, None, bench.deadline)?;
+    let (version, program) = (order.version.clone(), home.package_dir);
+    Staged { version, program, runtime: None, digest, at_home: true }.save(&order.state_dir)
 }
 
 /// Stops the gateway and moves it into what stands ready. The service points at home afterwards; nobody has started it.
@@ -121,20 +176,40 @@ pub fn stage(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
 pub fn go(bench: &mut Bench<'_>, order: &Order) -> Result<Report> {
     let what = "bring the node home";
     let target = displaced(bench.node, &order.state_dir)?.home;
-    let place = Place::of(&target, order)?;
     let staged = Staged::load(&order.state_dir)
         .filter(|s| s.version == order.version)
         .ok_or_else(|| Error::new(Kind::NotFound, what, "nothing stands ready for it"))?;
     // Whatever comes of it, it is used once.
     Staged::forget(&order.state_dir)?;
     let deadline = bench.deadline;
-    let now = place.as_owner(|| digest(&staged.program, staged.runtime.as_deref(), deadline))?;
-    if now != staged.digest {
-        return Err(Error::new(Kind::Corrupt, what, "what stands ready is not what was proven there"));
+    let same = |now: String| {
+        let differs = || Error::new(Kind::Corrupt, what, "what stands ready is not what was proven there");
+        if now == staged.digest { Ok(()) } else { Err(differs()) }
+    };
+    if staged.at_home {
+        same(digest(&staged.program, None, deadline)?)?;
+        return point_home(bench, &target, order);
     }
+    let place = Place::of(&target, order)?;
+    same(place.as_owner(|| digest(&staged.program, staged.runtime.as_deref(), deadline))?)?;
     let ready = Ready { program: staged.program, runtime: staged.runtime, version: staged.version };
     let back_to = Some(bench.node.clone());
     super::put(bench, &target, order, &place, false, ready, back_to, Report::default())
+}
+
+/// The program lies at home already: only the service has to point there.
+fn point_home(bench: &mut Bench<'_>, target: &Node, order: &Order) -> Result<Report> {
+    let mut report = Report::default();
+    let proof = super::known(&target.package_dir, order, bench.deadline, &mut report)?;
+    quiet::hold(bench, &mut report);
+    quiet::stop(bench, false, AFTER_STOP, &mut report)?;
+    proof.save(&order.state_dir)?;
+    super::serve(target, target, &order.state_dir, &mut report)?;
+    let back_to = Some(bench.node.clone());
+    Moved { home: target.clone(), away: target.clone(), back_to, left: None }.save(&order.state_dir)?;
+    bench.manager.reload(bench.deadline)?;
+    bench.manager.clear_latch(bench.deadline)?;
+    Ok(report)
 }
 
 /// Points the service at the place that the node came from again. Nobody has started it afterwards. Nothing to do when it
@@ -299,7 +374,7 @@ mod tests {
             let program = scene.home.prefix.join("lib/.koboshi-install/program");
             write(&program.join("dist/index.js"), "anew");
             let digest = digest(&program, None, soon()).unwrap();
-            let staged = Staged { version: "1.0.0".into(), program, runtime: None, digest };
+            let staged = Staged { version: "1.0.0".into(), program, runtime: None, digest, at_home: false };
             staged.save(&scene.order.state_dir).unwrap();
             scene
         }
@@ -370,6 +445,34 @@ mod tests {
         assert!(leave(&scene.order.state_dir, &store).unwrap().is_some());
         assert!(!away.prefix.exists() && home.entry.exists());
         assert_eq!(leave(&scene.order.state_dir, &store).unwrap(), None);
+    }
+
+    #[test]
+    fn what_root_has_put_at_home_is_looked_at_and_only_pointed_to() {
+        let mut scene = Scene::new();
+        let (home, away) = (scene.home.clone(), scene.away.clone());
+        let found = |scene: &mut Scene| scene.bench(&away, |bench, order| found(bench, order));
+        assert!(found(&mut scene).is_err(), "nothing is there");
+        write(&home.package_dir.join("package.json"), r#"{"name":"openclaw","version":"0.9.0"}"#);
+        write(&home.package_dir.join("openclaw.mjs"), "import './dist/entry.js'");
+        write(&home.package_dir.join("dist/entry.js"), "roots");
+        write(&home.entry, "roots");
+        assert!(found(&mut scene).is_err(), "another version");
+        write(&home.package_dir.join("package.json"), r#"{"name":"openclaw","version":"1.0.0"}"#);
+        found(&mut scene).unwrap();
+        write(&home.entry, "changed since");
+        assert_eq!(scene.bench(&away, go).unwrap_err().kind, Kind::Corrupt);
+        assert!(scene.told.0.is_empty() && scene.points_away(), "nothing was stopped");
+        found(&mut scene).unwrap();
+        scene.bench(&away, go).unwrap();
+        assert_eq!(scene.told.0, ["hold", "stop", "reload", "clear"]);
+        assert_eq!(std::fs::read_to_string(&home.entry).unwrap(), "changed since", "nothing was exchanged");
+        assert!(!scene.points_away());
+        assert_eq!(on_trial(&scene.order.state_dir).as_ref(), Some(&away));
+        let state_dir = scene.order.state_dir.clone();
+        scene.bench(&home, |bench, _| back(bench, &state_dir)).unwrap();
+        assert!(scene.points_away());
+        assert_eq!(scene.moved(), Moved::at(home, away));
     }
 
     #[test]

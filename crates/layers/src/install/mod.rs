@@ -193,42 +193,14 @@ fn put(
     back_to: Option<Node>,
     mut report: Report,
 ) -> Result<Report> {
-    let order = &Order { version: ready.version, ..order.clone() };
+    let order = &Order { version: ready.version.clone(), ..order.clone() };
     let target = &if ready.runtime.is_some() { moved::with_own_runtime(target) } else { target.clone() };
-    // A proof of the tree in its final place, for whoever looks at the disk later without any store.
-    let began = host::clock::now();
-    let proof = Proof::of(&ready.program, &order.version)?;
-    let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
-    report.did(format!("a proof of it is taken in {took_s:.1} s"));
-    // The same for layer 4, for the day when this tree is gone and the store does not hold it yet. A help, not a need.
-    let known = crate::peer_copy::known_programs(&order.state_dir);
-    let by = bench.deadline.min(host::clock::Deadline::after(LIST_LIMIT));
-    if let Err(e) = crate::peer_copy::remember_made(&ready.program, &order.version, &known, by) {
-        report.could_not(e.to_string());
-    }
+    let proof = known(&ready.program, order, bench.deadline, &mut report)?;
     // systemd would start the tree that is being replaced.
     quiet::hold(bench, &mut report);
     quiet::stop(bench, hung, NEEDS, &mut report)?;
     proof.save(&order.state_dir)?;
-    let mut swaps = vec![(ready.program, target.package_dir.clone())];
-    if let (Some(stage), Some(live)) = (ready.runtime, &target.runtime_dir) {
-        swaps.push((stage, live.clone()));
-    }
-    let pending = Pending {
-        layer: order.layer,
-        version: order.version.clone(),
-        owner: place.owner,
-        swaps,
-        back: node::triage::program_is_whole(target),
-        aside: Vec::new(),
-        before: bench.node.clone(),
-        after: target.clone(),
-    };
-    switch::exchange(order, place, &pending, bench.deadline, &mut report)?;
-    place.as_owner(|| link(target))?;
-    for left in node::update::staging(target) {
-        switch::aside(order, place, &left, &mut report);
-    }
+    into_place(bench, target, order, place, ready, &mut report)?;
     let was = Moved::load(&order.state_dir)?;
     // A layer's exchange is judged by its climb: what it left is only to be cleared away.
     let left = was.as_ref().filter(|_| back_to.is_none()).and_then(|m| match m.displaced() {
@@ -244,6 +216,57 @@ fn put(
     bench.manager.reload(bench.deadline)?;
     bench.manager.clear_latch(bench.deadline)?;
     Ok(report)
+}
+
+/// A proof of the tree in its final place, for whoever looks at the disk later without any store.
+fn known(
+    program: &Path,
+    order: &Order,
+    deadline: host::clock::Deadline,
+    report: &mut Report,
+) -> Result<Proof> {
+    let began = host::clock::now();
+    let proof = Proof::of(program, &order.version)?;
+    let took_s = host::clock::now().since_ms(began).unwrap_or(0) as f64 / 1000.0;
+    report.did(format!("a proof of it is taken in {took_s:.1} s"));
+    // The same for layer 4, for the day when this tree is gone and the store does not hold it yet. A help, not a need.
+    let known = crate::peer_copy::known_programs(&order.state_dir);
+    let by = deadline.min(host::clock::Deadline::after(LIST_LIMIT));
+    if let Err(e) = crate::peer_copy::remember_made(program, &order.version, &known, by) {
+        report.could_not(e.to_string());
+    }
+    Ok(proof)
+}
+
+/// Exchanges what stands ready in, with npm's link, and clears away what npm left half done.
+fn into_place(
+    bench: &Bench<'_>,
+    target: &Node,
+    order: &Order,
+    place: &Place,
+    ready: Ready,
+    report: &mut Report,
+) -> Result<()> {
+    let mut swaps = vec![(ready.program, target.package_dir.clone())];
+    if let (Some(stage), Some(live)) = (ready.runtime, &target.runtime_dir) {
+        swaps.push((stage, live.clone()));
+    }
+    let pending = Pending {
+        layer: order.layer,
+        version: order.version.clone(),
+        owner: place.owner,
+        swaps,
+        back: node::triage::program_is_whole(target),
+        aside: Vec::new(),
+        before: bench.node.clone(),
+        after: target.clone(),
+    };
+    switch::exchange(order, place, &pending, bench.deadline, report)?;
+    place.as_owner(|| link(target))?;
+    for left in node::update::staging(target) {
+        switch::aside(order, place, &left, report);
+    }
+    Ok(())
 }
 
 /// The service's files: the owner's own where they are gone, and our drop-in where the program or its runtime lie

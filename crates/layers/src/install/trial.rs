@@ -111,6 +111,7 @@ impl Trial<'_> {
             env_clear: true,
             cwd: Some(self.scratch.dir.join("trial")),
             ids: (self.place.builder != Ids::current()).then_some(self.place.builder),
+            shut_in: true,
             ..Cmd::default()
         }
     }

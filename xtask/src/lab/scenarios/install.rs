@@ -31,12 +31,12 @@ fn guarded(play: &mut Play, koboshi: Koboshi, unit: Unit) -> Result<(Host, Befor
 }
 
 /// Empties every file of the store: no snapshot can be read any more.
-fn no_store(host: &Host, dir: &str) -> Result<(), String> {
+pub(super) fn no_store(host: &Host, dir: &str) -> Result<(), String> {
     host.must(&format!("find {dir}/store -type f -exec truncate -s 0 {{}} +")).map(drop)
 }
 
 /// Takes the program away from one moment to the next, with a spare if there is one, and ends the gateway.
-fn no_program(host: &Host, unit: Unit) -> Result<(), String> {
+pub(super) fn no_program(host: &Host, unit: Unit) -> Result<(), String> {
     let package = unit.package();
     let pid = host.unit(unit, "MainPID")?;
     host.must(&format!(
@@ -64,8 +64,11 @@ pub(super) fn again(play: &mut Play) -> Result<(), String> {
         let unit = "/home/claw/.config/systemd/user/openclaw-gateway.service";
         let was = host.must(&format!("cat {unit}"))?;
         host.must(&format!("rm {unit}"))?;
+        escapes(&host)?;
         no_program(&host, Unit::User)?;
+        no_escape(play, &host)?;
         before.righted(play, &host, "no store, no program, no unit", CLIMB)?;
+        none_left(play, &host)?;
         healed(play, root, &host, "system-install")?;
         let owner = host.must(&format!("stat -c %U {}/package.json", Unit::User.package()))?;
         play.claim(owner == "claw", "the program belongs to its user", || owner.clone());
@@ -78,6 +81,134 @@ pub(super) fn again(play: &mut Play) -> Result<(), String> {
         Ok(())
     })();
     kept(play, &host, result)
+}
+
+/// Stands in the place of Node: where npm is asked to resolve, it tries by every way there is to have somebody else start
+/// something that outlives the step.
+const ESCAPES: &str = r#"#!/bin/sh
+case "$*" in *--package-lock-only*)
+    export XDG_RUNTIME_DIR=/run/user/$(id -u)
+    {
+        echo "as $(id -un)"
+        systemd-run --user --quiet sleep 424242 && echo escaped by the service manager
+        sudo -n systemd-run --quiet sleep 424242 && echo escaped by sudo
+        env -i setsid -f sleep 424242
+        (env -i setsid sleep 424242 & ) &
+        echo tried
+    } >> /tmp/escapes 2>&1
+esac
+exec /usr/local/bin/node.real "$@"
+"#;
+
+/// Has whatever Node npm runs on try to escape, until it has.
+fn escapes(host: &Host) -> Result<(), String> {
+    host.must("mv /usr/local/bin/node /usr/local/bin/node.real")?;
+    host.write("/usr/local/bin/node", ESCAPES)?;
+    host.must("chmod 755 /usr/local/bin/node; rm -f /tmp/escapes").map(drop)
+}
+
+fn no_escape(play: &mut Play, host: &Host) -> Result<(), String> {
+    let tried = host.must(&format!(
+        "for n in $(seq {}); do grep -q tried /tmp/escapes 2>/dev/null && break; sleep 0.5; done; cat /tmp/escapes; \
+         mv /usr/local/bin/node.real /usr/local/bin/node",
+        2 * CLIMB.as_secs()
+    ))?;
+    play.claim(tried.contains("as claw") && tried.contains("tried"), "npm's Node tried to escape", || {
+        tried.clone()
+    });
+    play.claim(!tried.contains("escaped"), "nobody started anything for it", || tried.clone());
+    play.say(&tried.replace('\n', " / "));
+    Ok(())
+}
+
+/// The sleepers of [`ESCAPES`], once the step that they began in is over.
+fn none_left(play: &mut Play, host: &Host) -> Result<(), String> {
+    let left = host.must("pgrep -af 'sleep 42424[2]'; true")?;
+    play.claim(left.is_empty(), "and nothing of it outlived the step", || left.clone());
+    Ok(())
+}
+
+/// A host on which root installed the program for everybody, and a user runs it by a unit of its own.
+pub(super) fn of_roots(play: &mut Play) -> Result<Host, String> {
+    let mut host = play.node("n1", Unit::UserOfRoots)?;
+    host.must(
+        "systemctl disable --now openclaw-gateway.service && rm /etc/systemd/system/openclaw-gateway.service && \
+         systemctl daemon-reload",
+    )?;
+    host.write("/root/.npmrc", &format!("registry={}/\n", crate::lab::registry::URL))?;
+    host.claw_must_within("openclaw gateway install --port 18789", START)?;
+    host.claw("systemctl --user start openclaw-gateway.service")?;
+    host.token = judge::read_token(&host);
+    judge::serves_within(&host, START)?;
+    Ok(host)
+}
+
+/// A program of root's, a user's unit, an agent without privileges: layer 2 by sudo; then sudo is gone, layer 3; then it is
+/// back, and root makes the program anew at home while the node serves.
+pub(super) fn sudo(play: &mut Play) -> Result<(), String> {
+    let claw = Koboshi(Home::Claw);
+    let host = of_roots(play)?;
+    let said = claw.install(&host, true)?;
+    play.claim(said.contains("root knows now"), "root was told which node it is", || said.clone());
+    let result = by_sudo(play, claw, &host, Unit::UserOfRoots);
+    kept(play, &host, result)
+}
+
+fn by_sudo(play: &mut Play, claw: Koboshi, host: &Host, unit: Unit) -> Result<(), String> {
+    // From here on sudo permits what root's own command says it has to, and nothing else.
+    let name = claw.settled(host)?["node"]["name"].as_str().unwrap_or("main").to_owned();
+    host.must(&format!(
+        "umask 227; koboshi step enroll-node {name} | grep -E '^(Defaults|claw)' > /etc/sudoers.d/koboshi && visudo -c && \
+         rm /etc/sudoers.d/claw"
+    ))?;
+    let store = "/home/claw/.local/state/koboshi";
+    let roots = |play: &mut Play| -> Result<(), String> {
+        let owner = host.must(&format!("stat -c %U {0} {0}/package.json | sort -u", unit.package()))?;
+        play.claim(owner == "root", "the program is root's", || owner.clone());
+        Ok(())
+    };
+    let before = Before::take(host)?;
+    no_store(host, store)?;
+    no_program(host, unit)?;
+    before.righted(play, host, "no store, no program of root's", CLIMB)?;
+    healed(play, claw, host, "system-install")?;
+    roots(play)?;
+
+    claw.settled(host)?;
+    claw.start_is_free(host)?;
+    let before = Before::take(host)?;
+    no_store(host, store)?;
+    host.must("mv /etc/sudoers.d/koboshi /root/koboshi.sudoers")?;
+    escapes(host)?;
+    no_program(host, unit)?;
+    no_escape(play, host)?;
+    before.righted(play, host, "and no sudo", CLIMB)?;
+    none_left(play, host)?;
+    healed(play, claw, host, "user-install")?;
+    let status = claw.ask(host, "status")?;
+    play.claim(status["displaced_from"] == "/usr/local", "`status` says that it is displaced", || {
+        status.to_string()
+    });
+    let why = claw.wait(host, HOME, "a word of sudo's", |s| {
+        s["home"].as_str().is_some_and(|home| home.contains("sudo does not permit"))
+    });
+    play.expect(why, "and what keeps it from home");
+
+    let incidents = claw.incidents(host)?.len();
+    let before = Before::take(host)?;
+    host.must("mv /root/koboshi.sudoers /etc/sudoers.d/koboshi")?;
+    // Another agent asks sudo at once, and not in ten minutes.
+    host.claw_must("systemctl --user restart koboshi.service")?;
+    claw.wait(host, HOME, "a node at home", |s| {
+        s["home"].is_null() && !claw.ask(host, "status").unwrap_or_default()["displaced_from"].is_string()
+    })?;
+    before.righted(play, host, "home again by sudo", START)?;
+    roots(play)?;
+    let exec = host.unit(unit, "ExecStart")?;
+    play.claim(exec.contains(unit.package()), "its unit starts the program at home", || exec.clone());
+    let now = claw.incidents(host)?.len();
+    play.claim(now == incidents, "none of it was an incident", || format!("{incidents} before, {now} now"));
+    Ok(())
 }
 
 /// The prefix cannot be written to and sudo is not permitted: layer 3.

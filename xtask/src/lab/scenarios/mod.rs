@@ -52,9 +52,19 @@ pub(crate) const ALL: &[Scenario] = &[
         install::displaced,
     ),
     full(
+        "sudo-install",
+        "a program of root's under an agent without privileges: layer 2 by sudo, layer 3 without it, and home by sudo",
+        install::sudo,
+    ),
+    full(
         "worst-hang",
         "everything hangs at once: emergency told inside 600 s, nothing left over, and out of it when the registry is back",
         worst::whole,
+    ),
+    full(
+        "worst-late",
+        "all work succeeds, late, and every start hangs: emergency told inside 600 s all the same",
+        worst::late,
     ),
     ci(
         "worst-hang-tenth",

@@ -6,6 +6,7 @@
 //! restart is passed, restore hangs on the disk, system install on sudo, user install on the registry, peer copy on a
 //! host that opens connections and says nothing.
 
+use super::install::{no_program, no_store, of_roots};
 use super::parts::befriend;
 use crate::lab::disk::Template;
 use crate::lab::host::Host;
@@ -73,6 +74,70 @@ pub(super) fn deaths(play: &mut Play) -> Result<(), String> {
 
 pub(super) fn reboot(play: &mut Play) -> Result<(), String> {
     hang(play, 1, Besides::Reboot)
+}
+
+/// The other worst case: whatever is tried succeeds, late, and then every start hangs. sudo takes seconds, the registry is
+/// slow, the store is empty; an administrator's drop-in, out of reach of an agent without privileges, never lets the
+/// gateway begin.
+pub(super) fn late(play: &mut Play) -> Result<(), String> {
+    let host = of_roots(play)?;
+    CLAW.install(&host, true)?;
+    let result = CLAW.settled(&host).and_then(|_| all_late(play, &host));
+    if result.is_err() || play.count.failed > 0 {
+        play.remember(&host);
+    }
+    result
+}
+
+fn all_late(play: &mut Play, host: &Host) -> Result<(), String> {
+    /// For each connection. The program's own tarball has 95 MB.
+    const BYTES_PER_S: u64 = 1_800_000;
+    /// Work that took less than this was not late.
+    const LATE_MS: f64 = 60_000.0;
+    let before = Before::take(host)?;
+    let dir = "/etc/systemd/user/openclaw-gateway.service.d";
+    host.must(&format!(
+        "sed -i '1i account required pam_exec.so quiet /bin/sleep 2' /etc/pam.d/sudo && mkdir -p {dir} && \
+         printf '[Service]\\nExecStartPre=/bin/sleep infinity\\n' > {dir}/50-lab.conf"
+    ))?;
+    host.claw_must("systemctl --user daemon-reload")?;
+    play.registry()?.set(Mode::Slow(BYTES_PER_S));
+    no_store(host, "/home/claw/.local/state/koboshi")?;
+    no_program(host, Unit::UserOfRoots)?;
+
+    let limit = Duration::from_secs_f64(CLIMB_MS / 1_000.0) + NOTICED;
+    let told = play.sink()?.wait_for("/emergency", limit);
+    play.expect(told, "the lab's receiver has accepted an emergency");
+    let entered =
+        CLAW.wait(host, NOTICED, "an emergency on record as sent", |s| s["incident"]["emergency"] == true)?;
+    let lines = told_lines(host, &entered)?;
+    for (at, what) in &lines {
+        play.say(&format!("{:6.1} s {what}", at / 1_000.0));
+    }
+    in_time(play, &lines, 1.0);
+    for (layer, most_ms) in MOST_MS.into_iter().filter(|(layer, _)| layer.ends_with("-install")) {
+        let begins = at(&lines, &format!("{layer}: work begins"));
+        let after = |words: &str| {
+            let begins = begins?;
+            lines.iter().find(|(at, what)| *at >= begins && what.starts_with(words)).map(|(at, _)| *at)
+        };
+        let took_ms = begins.zip(after("done and its container empty")).map(|(begins, done)| done - begins);
+        let late = took_ms.is_some_and(|took| took >= LATE_MS && took <= most_ms + SLACK_MS);
+        play.claim(late, &format!("{layer} came to its end late"), || format!("{took_ms:?} ms: {lines:?}"));
+        let started = after(&format!("{layer}: start")).is_some();
+        play.claim(started, &format!("{layer} was followed by a start"), || format!("{lines:?}"));
+    }
+    nothing_left(play, host)?;
+    says_503(play, host)?;
+
+    play.registry()?.set(Mode::Good);
+    host.must(&format!("rm {dir}/50-lab.conf"))?;
+    host.claw_must("systemctl --user daemon-reload")?;
+    before.righted(play, host, "nothing hangs any more", BACK)?;
+    CLAW.wait(host, NOTICED * 2, "a closed incident", |s| s["incident"].is_null() && s["confirmed"] == true)?;
+    let last = CLAW.incidents(host)?.last().cloned().ok_or("no incident is on record")?;
+    play.claim(last["outcome"] == "recovered", "the incident is closed as recovered", || last.to_string());
+    Ok(())
 }
 
 fn hang(play: &mut Play, divisor: u32, besides: Besides) -> Result<(), String> {

@@ -10,8 +10,8 @@ const SWEEP_LEAST_MS: f64 = 30_000.0;
 /// And at worst.
 pub(super) const SWEEP_MOST_MS: f64 = 900_000.0;
 /// The period is at least this many times the CPU of the last sweep: with what starting and ending a step costs, about
-/// 0.15 % of one core.
-const SWEEP_CPU_SHARE: f64 = 800.0;
+/// 0.1 % of one core.
+const SWEEP_CPU_SHARE: f64 = 1_200.0;
 /// And at least this many times its wall time: 0.5 % of the time in I/O on a slow disk.
 const SWEEP_WALL_SHARE: f64 = 200.0;
 /// Under more pressure than this (PSI some avg10, percent) the sweep waits.
@@ -30,7 +30,7 @@ impl Agent {
         // Told once: what a tidy could not take it would not take a minute later either.
         let known = self.exam.as_ref().map_or(0, |before| before.leftovers);
         if exam.leftovers > known && self.daily.tidy_at.is_none() {
-            self.daily.tidy_at = Some(now.plus_ms(RETRY_MS));
+            self.daily.tidy_soon(now.plus_ms(RETRY_MS));
         }
         let need = exam.need;
         let findings = exam.findings.clone();

@@ -202,11 +202,12 @@ impl Agent {
         }
         // Its own patience ends first.
         let limit = sudo::ask_limit(self.config.ladder.limits()) + Duration::from_secs(1);
-        self.sudo = Some(match self.runner.run(ASK_SUDO, Work::AskSudo, &self.node, None, limit) {
-            Ok(Answer::Failed { why, .. }) => Err(why),
-            Ok(_) => Ok(()),
-            Err(e) => Err(e.why),
-        });
+        self.sudo =
+            Some(match self.runner.run(ASK_SUDO, Work::AskSudo { home: false }, &self.node, None, limit) {
+                Ok(Answer::Failed { why, .. }) => Err(why),
+                Ok(_) => Ok(()),
+                Err(e) => Err(e.why),
+            });
     }
 
     /// The node may run from elsewhere now, or from home again.

@@ -40,6 +40,9 @@ const SCHEDULES: u64 = 20_000;
 const SCHEDULES_FULL: u64 = 2_000_000;
 
 fn main() -> ExitCode {
+    if lab::escape::wanted() {
+        return lab::escape::run();
+    }
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     // The usage of a tool is what it answers to no order; asked for it is a success.

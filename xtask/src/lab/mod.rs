@@ -9,6 +9,7 @@
 mod bystanders;
 mod cage;
 mod disk;
+pub(crate) mod escape;
 mod host;
 mod http;
 mod judge;

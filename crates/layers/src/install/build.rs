@@ -1,14 +1,14 @@
 //! From a pinned version to a proven stage: tools, npm, tarballs, trial.
 
 use super::place::Place;
-use super::tools::{Tools, UNPACK};
+use super::tools::Tools;
 use super::{Order, Ready, lock, place, stage, trial};
 use crate::Bench;
 use crate::Report;
 use host::clock::Deadline;
 use host::registry::{Package, Registry};
 use host::run::{Cmd, Ids, Output, run};
-use host::unpack::{read_file, unpack_tgz};
+use host::unpack::read_file;
 use host::user::as_user;
 use host::{Context, Error, Kind, Result};
 use node::Node;
@@ -92,7 +92,7 @@ pub(super) fn build(
     report.did(format!("{count} tarballs fetched, proven and staged in {took_s:.1} s"));
     schema(target, &to, deadline)?;
     trial::run(target, place, &tools.node, &scratch, &to, deadline, report)?;
-    let runtime = tools.fetched.as_deref().map(|tarball| runtime(place, tarball)).transpose()?;
+    let runtime = tools.fetched.as_deref().map(|tarball| stage::runtime(place, tarball)).transpose()?;
     Ok(Ready { program: to, runtime, version: package.version.clone() })
 }
 
@@ -157,16 +157,6 @@ fn schema(target: &Node, stage: &Path, deadline: Deadline) -> Result<()> {
         Gate::Closed(why) => Err(Error::new(Kind::Denied, "use this version", why)
             .hint("a newer version wrote the data; only that one or a newer one may open it")),
     }
-}
-
-/// The fetched runtime's tarball, proven when it was fetched into a directory of ours, unpacked beside the one it replaces.
-fn runtime(place: &Place, from: &Path) -> Result<PathBuf> {
-    let to = place.stages.join("runtime");
-    place.as_owner(|| {
-        stage::clear(&to)?;
-        unpack_tgz(from, &to, 1, UNPACK, &mut |_, _| {}).map(|_| ())
-    })?;
-    Ok(to)
 }
 
 /// The builder's own directories.

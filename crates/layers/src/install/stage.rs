@@ -313,6 +313,19 @@ fn executable(file: &Path) -> Result<()> {
     std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o755)).context(what)
 }
 
+/// The fetched runtime's tarball, proven when it was fetched into a directory of ours, unpacked beside the runtime that it
+/// replaces.
+pub(super) fn runtime(place: &Place, from: &Path) -> Result<PathBuf> {
+    let to = place.stages.join("runtime");
+    // Only we may open it; who unpacks it is whose program it is.
+    let tarball = std::fs::File::open(from).context(|| format!("open {}", from.display()))?;
+    place.as_owner(|| {
+        clear(&to)?;
+        unpack_from(from, tarball, &to, 1, UNPACK, &mut |_, _| {}).map(|_| ())
+    })?;
+    Ok(to)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -396,6 +409,27 @@ mod tests {
         let mut gz = GzEncoder::new(Vec::new(), Compression::fast());
         gz.write_all(&tar).unwrap();
         gz.finish().unwrap()
+    }
+
+    #[test]
+    fn a_runtime_that_only_we_may_read_becomes_the_users_as_root() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let tools = dir.path().join("tools");
+        files::make_private_dir(&tools).unwrap();
+        let tarball = tools.join("node.tgz");
+        std::fs::write(&tarball, tgz(&[("bin/node", "\u{7f}ELF")])).unwrap();
+        let stages = dir.path().join("stages");
+        std::fs::create_dir(&stages).unwrap();
+        let user = host::run::Ids { uid: 54_031, gid: 54_031 };
+        std::os::unix::fs::chown(&stages, Some(user.uid), Some(user.gid)).unwrap();
+        let place = Place { builder: user, owner: user, rc_home: None, stages };
+        let made = runtime(&place, &tarball).unwrap().join("bin/node");
+        let meta = made.metadata().unwrap();
+        assert_eq!((std::os::unix::fs::MetadataExt::uid(&meta), meta.len()), (user.uid, 4));
     }
 
     /// What the registry on the loopback does with the dependency.

@@ -83,36 +83,20 @@ pub(super) fn again(play: &mut Play) -> Result<(), String> {
     kept(play, &host, result)
 }
 
-/// Stands in the place of Node: where npm is asked to resolve, it tries by every way there is to have somebody else start
-/// something that outlives the step.
-const ESCAPES: &str = r#"#!/bin/sh
-case "$*" in *--package-lock-only*)
-    export XDG_RUNTIME_DIR=/run/user/$(id -u)
-    {
-        echo "as $(id -un)"
-        systemd-run --user --quiet sleep 424242 && echo escaped by the service manager
-        sudo -n systemd-run --quiet sleep 424242 && echo escaped by sudo
-        env -i setsid -f sleep 424242
-        (env -i setsid sleep 424242 & ) &
-        echo tried
-    } >> /tmp/escapes 2>&1
-esac
-exec /usr/local/bin/node.real "$@"
-"#;
-
-/// Has whatever Node npm runs on try to escape, until it has.
+/// Has whatever Node npm runs on try to escape, until it has: a program of ours in its place, since a script is no Node.
 fn escapes(host: &Host) -> Result<(), String> {
-    host.must("mv /usr/local/bin/node /usr/local/bin/node.real")?;
-    host.write("/usr/local/bin/node", ESCAPES)?;
-    host.must("chmod 755 /usr/local/bin/node; rm -f /tmp/escapes").map(drop)
+    host.must("mv /usr/local/bin/node /usr/local/bin/node.real; rm -f /tmp/escapes")?;
+    let me = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
+    let to = host.path("/usr/local/bin/node");
+    std::fs::copy(&me, &to).map_err(|e| format!("copy {}: {e}", me.display())).map(drop)
 }
 
 fn no_escape(play: &mut Play, host: &Host) -> Result<(), String> {
-    let tried = host.must(&format!(
-        "for n in $(seq {}); do grep -q tried /tmp/escapes 2>/dev/null && break; sleep 0.5; done; cat /tmp/escapes; \
-         mv /usr/local/bin/node.real /usr/local/bin/node",
-        2 * CLIMB.as_secs()
-    ))?;
+    let started = std::time::Instant::now();
+    while !host.root("grep -q tried /tmp/escapes")?.ok() && started.elapsed() < CLIMB {
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    let tried = host.must("cat /tmp/escapes; mv /usr/local/bin/node.real /usr/local/bin/node")?;
     play.claim(tried.contains("as claw") && tried.contains("tried"), "npm's Node tried to escape", || {
         tried.clone()
     });
@@ -121,7 +105,7 @@ fn no_escape(play: &mut Play, host: &Host) -> Result<(), String> {
     Ok(())
 }
 
-/// The sleepers of [`ESCAPES`], once the step that they began in is over.
+/// The sleepers that it started, once the step that they began in is over.
 fn none_left(play: &mut Play, host: &Host) -> Result<(), String> {
     let left = host.must("pgrep -af 'sleep 42424[2]'; true")?;
     play.claim(left.is_empty(), "and nothing of it outlived the step", || left.clone());
@@ -132,12 +116,25 @@ fn none_left(play: &mut Play, host: &Host) -> Result<(), String> {
 pub(super) fn of_roots(play: &mut Play) -> Result<Host, String> {
     let mut host = play.node("n1", Unit::UserOfRoots)?;
     host.must(
-        "systemctl disable --now openclaw-gateway.service && rm /etc/systemd/system/openclaw-gateway.service && \
+        "systemctl disable --now openclaw-gateway.service && mv /etc/systemd/system/openclaw-gateway.service /root/ && \
          systemctl daemon-reload",
     )?;
     host.write("/root/.npmrc", &format!("registry={}/\n", crate::lab::registry::URL))?;
-    host.claw_must_within("openclaw gateway install --port 18789", START)?;
-    host.claw("systemctl --user start openclaw-gateway.service")?;
+    // OpenClaw's own `gateway install` will not have a program of root's: whoever runs one so writes the unit by hand.
+    let unit = std::fs::read_to_string(host.path("/root/openclaw-gateway.service"))
+        .map_err(|e| format!("read the unit: {e}"))?;
+    let unit: String = unit
+        .lines()
+        .filter(|line| !line.starts_with("User=") && !line.starts_with("Group="))
+        .map(|line| line.replace("multi-user.target", "default.target") + "\n")
+        .collect();
+    let dir = "/home/claw/.config/systemd/user";
+    host.claw_must(&format!("mkdir -p {dir}"))?;
+    host.write(&format!("{dir}/openclaw-gateway.service"), &unit)?;
+    host.must(&format!("chown claw: {dir}/openclaw-gateway.service"))?;
+    host.claw_must(
+        "systemctl --user daemon-reload && systemctl --user enable --now openclaw-gateway.service",
+    )?;
     host.token = judge::read_token(&host);
     judge::serves_within(&host, START)?;
     Ok(host)

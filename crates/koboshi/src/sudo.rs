@@ -250,6 +250,9 @@ fn make_anew(
         .map_err(|e| Error::new(Kind::Corrupt, format!("read {}", file.display()), e))?;
     let own = Places { state_dir: places.state_dir.join("nodes").join(name), ..places.clone() };
     files::make_private_dir(&own.state_dir)?;
+    // Whoever asks again has settled, or given up, what was put in place before: nothing older than what lies there now may
+    // come back for it. There may be weeks and an update in between.
+    layers::install::settle(&own.state_dir)?;
     let version = version(&node)?;
     let order = reinstall::order(&own, &version, Layer::SystemInstall);
     if Place::of(&node, &order)?.owner.uid != 0 {

@@ -87,6 +87,8 @@ pub struct Daily {
     /// From then on a tidy looks at program, spare and quarantine too, and not only at the store. A copy of the user's files
     /// alone changes nothing there, and each of them is walked through.
     tidy_all_at: Moment,
+    /// The copy that is to settle holds the program too.
+    settles_program: bool,
     /// The disk is full under a node that serves.
     room_at: Option<Moment>,
     /// Until then what could be had of it was had.
@@ -134,6 +136,7 @@ impl Daily {
             settle_at: None,
             tidy_at: None,
             tidy_all_at: now,
+            settles_program: true,
             room_at: None,
             room_again: None,
             scrub_at: None,
@@ -364,9 +367,7 @@ impl Agent {
                 self.daily.settle_at = Some(now.plus_ms(self.config.backup.settle_s.saturating_mul(1000)));
                 self.settling.begin();
                 let program = |classes: &[Class]| classes.is_empty() || classes.iter().any(|c| c.converges());
-                if matches!(job, Job::Snapshot { classes } if program(classes)) {
-                    self.daily.tidy_all(now);
-                }
+                self.daily.settles_program |= matches!(job, Job::Snapshot { classes } if program(classes));
                 if matches!(job, Job::Snapshot { classes } if with_state(classes)) {
                     self.daily.state_cost_ms = wall_ms;
                     self.state_next(now);
@@ -387,6 +388,9 @@ impl Agent {
                 self.daily.settled = true;
                 self.daily.refused = 0;
                 self.daily.tidy_at = Some(now);
+                if std::mem::take(&mut self.daily.settles_program) {
+                    self.daily.tidy_all(now);
+                }
                 self.daily.examine_at = now;
             }
             Some(Answer::Settled { id: None, why, .. }) => {

@@ -10,7 +10,7 @@ use engine::{AlertKind, Event, Moment, Verdict};
 use host::clock::{self, Deadline};
 use host::container::{Ended, Limits, OutputFile, Spec, Step};
 use host::run::Ids;
-use node::probe::ServicePhase;
+use node::probe::{ServiceLook, ServicePhase};
 use node::signs;
 use std::os::fd::BorrowedFd;
 
@@ -81,6 +81,17 @@ pub(super) fn gives_way_to(event: &Event) -> bool {
     }
 }
 
+/// Whether no start of the unit's is near its port, where the judge says that it does not serve. A start that the judge has
+/// given up and that has no main process hangs in what comes before it (an `ExecStartPre` that never ends), perhaps for
+/// ever; once that process is there the gateway still loads for ten seconds, and by then the responder is gone.
+fn nobody_needs_the_port(look: &ServiceLook) -> bool {
+    match look.phase {
+        ServicePhase::Down => true,
+        ServicePhase::Starting => look.main.is_none(),
+        ServicePhase::Running | ServicePhase::Stopping | ServicePhase::Unknown => false,
+    }
+}
+
 impl Agent {
     /// Starts it, ends it, or leaves it, as things are now.
     pub(super) fn tend_responder(&mut self) {
@@ -128,7 +139,7 @@ impl Agent {
             && self.unit_is_down(now)
     }
 
-    /// No activation is under way and none is pending. An embedded gateway is started by nobody but us.
+    /// No activation that could come to something is under way. An embedded gateway is started by nobody but us.
     fn unit_is_down(&self, now: Moment) -> bool {
         /// What the manager said longer ago says nothing; while the node is down it is asked every 2 s.
         const FRESH_MS: u64 = 6_000;
@@ -136,7 +147,7 @@ impl Agent {
             return self.service.main().is_none_or(|id| !id.alive());
         }
         self.service_look.as_ref().is_some_and(|(at, look)| {
-            look.phase == ServicePhase::Down && now.since_ms(*at).is_some_and(|ms| ms <= FRESH_MS)
+            nobody_needs_the_port(look) && now.since_ms(*at).is_some_and(|ms| ms <= FRESH_MS)
         })
     }
 
@@ -216,5 +227,28 @@ impl Agent {
             String::new()
         };
         Some(format!("tries again at {} UTC, or as soon as something changes{port}", at.strftime("%H:%M")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use host::process::ProcessId;
+
+    #[test]
+    fn the_port_is_answered_unless_a_gateway_may_be_about_to_take_it() {
+        let look = |phase, main: bool| ServiceLook {
+            phase,
+            main: main.then(|| ProcessId::current().unwrap()),
+            cgroup: None,
+            latched: None,
+            will: None,
+        };
+        assert!(nobody_needs_the_port(&look(ServicePhase::Down, false)));
+        assert!(nobody_needs_the_port(&look(ServicePhase::Starting, false)), "hangs before its main process");
+        assert!(!nobody_needs_the_port(&look(ServicePhase::Starting, true)), "it loads");
+        for phase in [ServicePhase::Running, ServicePhase::Stopping, ServicePhase::Unknown] {
+            assert!(!nobody_needs_the_port(&look(phase, false)), "{phase:?}");
+        }
     }
 }
